@@ -1,0 +1,99 @@
+"""dpzoo: Transformers that train with differential privacy, from stock checkpoints and back.
+
+    model = dpzoo.from_pretrained("bert-base-uncased", task="sequence-classification", num_labels=2)
+    # or: model = dpzoo.convert(my_transformers_model)
+
+The model is a drop-in for the transformers class of the same name whose every parameter has an exact
+per-sample gradient under Opacus, position embeddings and tied heads included. It saves as a stock
+checkpoint.
+"""
+
+from dpzoo.conversion import convert, to_transformers
+from dpzoo.errors import (
+    ConversionError,
+    DpzooError,
+    InputError,
+    UnsupportedConfigError,
+    UnsupportedModelError,
+)
+from dpzoo.models.bert import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+)
+from dpzoo.models.distilbert import (
+    DistilBertForMaskedLM,
+    DistilBertForMultipleChoice,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
+    DistilBertModel,
+)
+from dpzoo.models.gpt2 import (
+    GPT2DoubleHeadsModel,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
+from dpzoo.models.roberta import (
+    RobertaForCausalLM,
+    RobertaForMaskedLM,
+    RobertaForMultipleChoice,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
+)
+from dpzoo.pretrained import from_config, from_pretrained
+from dpzoo.registry import list_models
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertLMHeadModel",
+    "BertModel",
+    "ConversionError",
+    "DistilBertForMaskedLM",
+    "DistilBertForMultipleChoice",
+    "DistilBertForQuestionAnswering",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "DistilBertModel",
+    "DpzooError",
+    "GPT2DoubleHeadsModel",
+    "GPT2ForQuestionAnswering",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "InputError",
+    "RobertaForCausalLM",
+    "RobertaForMaskedLM",
+    "RobertaForMultipleChoice",
+    "RobertaForQuestionAnswering",
+    "RobertaForSequenceClassification",
+    "RobertaForTokenClassification",
+    "RobertaModel",
+    "UnsupportedConfigError",
+    "UnsupportedModelError",
+    "convert",
+    "from_config",
+    "from_pretrained",
+    "list_models",
+    "to_transformers",
+]

@@ -1,0 +1,25 @@
+"""The errors that dpzoo raises, one class for each kind of trouble.
+
+Every message names the thing, the value got, the value wanted and the next step. All of them are
+``ValueError`` too, so that code written against transformers keeps catching what it caught.
+"""
+
+
+class DpzooError(Exception):
+    """Base class of every error that dpzoo raises on purpose."""
+
+
+class UnsupportedConfigError(DpzooError, ValueError):
+    """A config field asks for something that the class cannot honour."""
+
+
+class UnsupportedModelError(DpzooError, ValueError):
+    """A model, family, task or class that dpzoo does not know how to handle."""
+
+
+class ConversionError(DpzooError, ValueError):
+    """Parameters that do not correspond one to one between a stock model and its dpzoo twin."""
+
+
+class InputError(DpzooError, ValueError):
+    """Arguments of a forward pass that are missing, contradictory or out of range."""

@@ -1,0 +1,96 @@
+"""Per-sample gradients and their norms of `TokenEmbedding` and `PositionEmbedding`.
+
+The gradient of one sample is ``G = sum_t onehot(id_t) g_t^T`` over the positions t of its row, with
+g_t the gradient of the looked-up vector; a position that holds ``padding_idx`` contributes nothing,
+as in autograd. If an output head is tied to the table, its share is ``H = sum_s l_s h_s^T`` over the
+positions s of the head, with l_s the gradient of the logits and h_s the head's input; the head's
+sampler leaves (h, l) in `dpzoo.grad_samplers.lm_head.take_deferred`, and here the two become one.
+"""
+
+import torch
+from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+from torch import nn
+
+from dpzoo.grad_samplers.lm_head import (
+    Use,
+    head_grad_sample,
+    take_deferred,
+    uses_inner_product,
+)
+from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
+
+
+def _rows(
+    layer: nn.Embedding, ids: torch.Tensor, backprops: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (batch, length) and gradients (batch, length, hidden), float32 or wider, padding zeroed."""
+    batch = ids.shape[0]
+    length = ids[0].numel() if batch else 0
+    ids = ids.reshape(batch, length)
+    wide = torch.promote_types(backprops.dtype, torch.float32)
+    values = backprops.reshape(batch, length, layer.embedding_dim).to(wide)
+    if layer.padding_idx is not None:
+        values = values.masked_fill((ids == layer.padding_idx).unsqueeze(-1), 0)
+    return ids, values
+
+
+@register_grad_sampler([TokenEmbedding, PositionEmbedding])
+def embedding_grad_sample(
+    layer: nn.Embedding, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Per-sample gradients of a table, shape (batch, num_embeddings, hidden).
+
+    Args:
+        layer: the table.
+        activations: one tensor of ids, (batch, length).
+        backprops: gradients of the output, (batch, length, hidden).
+
+    Guarantees:
+        Entry i depends on row i alone, and equals what autograd gives for row i, the share of a
+        tied `LMHead` of the same forward pass included.
+    """
+    ids, values = _rows(layer, activations[0], backprops)
+    batch, _, hidden = values.shape
+    grads = values.new_zeros(batch, layer.num_embeddings, hidden)
+    grads.scatter_add_(1, ids.unsqueeze(-1).expand_as(values), values)
+    for use in take_deferred(layer.weight):
+        grads += head_grad_sample(use)
+    return {layer.weight: grads}
+
+
+@register_norm_sampler([TokenEmbedding, PositionEmbedding])
+def embedding_norm_sample(
+    layer: nn.Embedding, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Norms of the per-sample gradients of a table, shape (batch,), without the gradients.
+
+    Positions of a row that hold the same id add up before they are squared. With tied heads the
+    squared norm is ``|G|^2 + 2 <G, H> + |H|^2``, where ``<G, H> = sum_{t,s} l_s[id_t] <g_t, h_s>``
+    needs no tensor with both a vocabulary and a hidden dimension (Ding et al. 2024,
+    arXiv 2405.18194).
+
+    Args and Guarantees as in `embedding_grad_sample`.
+    """
+    ids, values = _rows(layer, activations[0], backprops)
+    batch, length, hidden = values.shape
+    row = torch.arange(batch, device=ids.device).unsqueeze(-1)
+    keys, inverse = torch.unique(row * layer.num_embeddings + ids, return_inverse=True)
+    sums = values.new_zeros(len(keys), hidden)
+    sums.index_add_(0, inverse.reshape(-1), values.reshape(batch * length, hidden))
+    squared = values.new_zeros(batch)
+    owner = torch.div(keys, layer.num_embeddings, rounding_mode="floor")
+    squared.index_add_(0, owner, sums.square().sum(-1))
+
+    uses = take_deferred(layer.weight)
+    for i, use in enumerate(uses):
+        inputs, grads = use
+        # l_s[id_t]: (batch, seq, vocab) gathered at (batch, seq, length)
+        at_ids = grads.gather(2, ids.unsqueeze(1).expand(-1, grads.shape[1], -1))
+        squared += 2 * (at_ids * torch.matmul(inputs, values.transpose(1, 2))).sum((1, 2))
+        squared += uses_inner_product(use, use)
+        for other in uses[:i]:
+            squared += 2 * uses_inner_product(use, other)
+    return {layer.weight: squared.clamp(min=0).sqrt()}
+
+
+__all__ = ["Use", "embedding_grad_sample", "embedding_norm_sample"]

@@ -1,0 +1,73 @@
+"""Embedding tables that are looked up once a forward pass, with ids of shape (batch, length).
+
+They are `torch.nn.Embedding` in everything but their type. The type is what matters: Opacus finds
+a sampler by the exact class of a module, and `dpzoo.grad_samplers` registers samplers for these
+two that honour ``padding_idx``, accept an empty batch and know about tied output heads.
+
+The rest of the package keeps one rule for them: **one call per table and forward pass**, with ids
+whose first dimension is the batch. A table looked up twice has two contributions to its gradient,
+and Opacus' ghost clipping refuses that; ids of shape (1, seq), broadcast over the batch, have one
+gradient for the whole batch, and no per-sample gradient at all.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpzoo.errors import InputError
+
+
+class TokenEmbedding(nn.Embedding):
+    """A table of token (or token type) embeddings; ids (batch, length) -> (batch, length, hidden)."""
+
+
+class PositionEmbedding(nn.Embedding):
+    """A table of learned positions; ids (batch, length) -> (batch, length, hidden)."""
+
+
+def retype_embedding(module: Any) -> Any:
+    """Give a plain `torch.nn.Embedding` the type `TokenEmbedding`, in place.
+
+    Models call it on whatever table a user sets, so that a resized or replaced table keeps exact
+    per-sample gradients. Any other module is returned as it is.
+    """
+    if type(module) is nn.Embedding:
+        module.__class__ = TokenEmbedding
+    return module
+
+
+def rows_of_ids(
+    ids: torch.Tensor, *, batch: int, num_choices: int, seq: int, name: str
+) -> torch.Tensor:
+    """Bring ids to one row per sample.
+
+    Args:
+        ids: one id per token, with last dimension seq or num_choices * seq: (seq,), (1, seq),
+            (num_choices, seq), (batch, seq), (batch, num_choices, seq), (batch * num_choices, seq),
+            (batch, num_choices * seq), or these with dimensions of size 1.
+        batch: rows of the batch, the privacy unit.
+        num_choices: sequences that one row holds (1 everywhere but in multiple choice).
+        seq: length of one sequence.
+        name: the argument's name, for the error message.
+
+    Returns:
+        Ids of shape (batch, num_choices * seq), contiguous.
+
+    Raises:
+        InputError: the shape is none of the above.
+    """
+    length, count = num_choices * seq, ids.numel()
+    if ids.ndim and ids.shape[-1] in (seq, length):
+        if count == batch * length:
+            return ids.reshape(batch, length)
+        if count in (seq, length):
+            rows = ids.reshape(1, count // seq, seq).expand(batch, num_choices, seq)
+            return rows.reshape(batch, length)
+    wanted = f"(1, {seq}) or ({batch}, {seq})"
+    if num_choices > 1:
+        wanted = f"(1, {seq}) or ({batch}, {num_choices}, {seq})"
+    raise InputError(
+        f"{name} has shape {tuple(ids.shape)}, wanted {wanted}. "
+        f"Pass one id per token, with the same batch and sequence length as the input."
+    )

@@ -1,0 +1,175 @@
+"""Losses with one value per row of the batch, reduced over the row's own tokens first.
+
+Differential privacy bounds what one row can change. transformers divides a token loss by the number
+of labelled tokens *in the batch*, so there every row's gradient depends on how many tokens the
+others have, and removing a row moves the clipped sum by more than the clipping norm. Here a row's
+loss is the mean over that row's labelled tokens, and nothing else enters it. Where all rows have the
+same number of labelled tokens (sequence classification and multiple choice always do), the batch
+mean of these losses equals transformers' loss.
+
+Every function returns a tensor of shape (batch,), float32 or wider. A row with nothing to learn from
+(all labels ignored) has loss 0 and gradient 0.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import functional as F
+
+from dpzoo.errors import InputError, UnsupportedConfigError
+
+IGNORE_INDEX = -100
+"""A label with this value takes no part in the loss, as everywhere in transformers."""
+
+Output = TypeVar("Output")
+
+
+def token_losses(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
+    """Mean cross entropy over each row's labelled positions.
+
+    Args:
+        logits: (batch, ..., classes).
+        labels: (batch, ...), integer classes, or ``ignore_index``.
+        ignore_index: the label that takes no part.
+
+    Returns:
+        Shape (batch,).
+
+    Raises:
+        InputError: the shapes do not belong together.
+
+    Guarantees:
+        Entry i is a function of row i alone.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)}, wanted {tuple(logits.shape[:-1])}, one label "
+            f"for each position of the logits. Check the collator's padding of labels."
+        )
+    batch, classes = logits.shape[0], logits.shape[-1]
+    labels = labels.to(logits.device)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    per_token = F.cross_entropy(
+        wide.reshape(labels.numel(), classes),
+        labels.reshape(labels.numel()),
+        reduction="none",
+        ignore_index=ignore_index,
+    )
+    per_row = per_token.reshape(batch, labels[0].numel() if batch else 0).sum(1)
+    counted = (labels != ignore_index).reshape(batch, -1 if batch else 0).sum(1)
+    return per_row / counted.clamp(min=1)
+
+
+def causal_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`token_losses` of next-token prediction: position t of the logits answers for label t + 1.
+
+    Args:
+        logits: (batch, ..., seq, vocab).
+        labels: (batch, ..., seq), not shifted; usually the input ids, ``-100`` where ignored.
+
+    Returns:
+        Shape (batch,).
+    """
+    if labels.shape != logits.shape[:-1]:
+        return token_losses(logits, labels)  # raises, naming the shapes as the caller knows them
+    return token_losses(logits[..., :-1, :], labels[..., 1:])
+
+
+def span_losses(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor,
+    end_positions: torch.Tensor,
+) -> torch.Tensor:
+    """Mean of the cross entropies of a span's first and last position.
+
+    A position outside the sequence is ignored: that half of the row's loss is 0. (transformers
+    divides by the number of rows in the batch whose position is inside; here other rows do not
+    matter.)
+
+    Args:
+        start_logits: (batch, seq).
+        end_logits: (batch, seq).
+        start_positions: (batch,) or (batch, 1).
+        end_positions: (batch,) or (batch, 1).
+
+    Returns:
+        Shape (batch,).
+    """
+    seq = start_logits.shape[1]
+    halves = []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        target = positions.reshape(logits.shape[0]).clamp(0, seq)
+        halves.append(token_losses(logits, target, ignore_index=seq))
+    return (halves[0] + halves[1]) / 2
+
+
+def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+    """Loss of a sequence classifier or regressor, by ``config.problem_type``.
+
+    As in transformers, a ``problem_type`` of None is settled by the first labels seen, and the
+    choice is kept in the config: one output means regression, integer labels one class a row,
+    floating labels several.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch,) of classes; (batch,) or (batch, num_labels) of targets for regression;
+            (batch, num_labels) of 0/1 for several classes a row.
+        config: the model's config; reads and may set ``problem_type``.
+
+    Returns:
+        Shape (batch,). Over several outputs, the row's mean.
+
+    Raises:
+        InputError: labels whose shape does not fit the logits.
+        UnsupportedConfigError: an unknown ``problem_type``.
+    """
+    num_labels = logits.shape[-1]
+    labels = labels.to(logits.device)
+    if config.problem_type is None:
+        if num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+
+    if config.problem_type == "single_label_classification":
+        return token_losses(logits, labels.reshape(logits.shape[0]))
+    if config.problem_type not in ("regression", "multi_label_classification"):
+        raise UnsupportedConfigError(
+            f"config.problem_type is {config.problem_type!r}, wanted one of 'regression', "
+            f"'single_label_classification', 'multi_label_classification', or None to have it "
+            f"inferred from the labels."
+        )
+    if num_labels == 1 and labels.numel() == logits.numel():
+        labels = labels.reshape(logits.shape)
+    if labels.shape != logits.shape:
+        raise InputError(
+            f"labels of a {config.problem_type} model have shape {tuple(labels.shape)}, wanted "
+            f"{tuple(logits.shape)}: one value for each output of each row."
+        )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if config.problem_type == "regression":
+        return F.mse_loss(wide, labels.to(wide.dtype), reduction="none").mean(1)
+    targets = labels.to(wide.dtype)
+    return F.binary_cross_entropy_with_logits(wide, targets, reduction="none").mean(1)
+
+
+def batch_mean(losses: torch.Tensor | None) -> torch.Tensor | None:
+    """The mean of per-row losses; 0, still differentiable, for an empty batch."""
+    if losses is None:
+        return None
+    return losses.sum() / max(len(losses), 1)
+
+
+def with_loss_per_sample(output: Output, losses: torch.Tensor | None) -> Output:
+    """Attach ``loss_per_sample``, shape (batch,) or None, to a transformers output.
+
+    It is an attribute and not an item: ``output.to_tuple()``, ``output[0]`` and code that walks
+    over the items (Trainer's evaluation, say) see what they see with a stock model.
+    """
+    object.__setattr__(output, "loss_per_sample", losses)
+    return output

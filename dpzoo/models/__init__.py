@@ -1,0 +1,1 @@
+"""The families, one file each, and what they share: `base` and the tasks in `heads`."""

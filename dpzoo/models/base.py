@@ -1,0 +1,293 @@
+"""What every model of the zoo has in common: a `transformers.PreTrainedModel` that is safe per sample.
+
+The class keeps three promises on behalf of the families: config fields that a class cannot honour
+are refused at construction, the parts keep their types whatever is set, resized or tied, and
+checkpoints are read and written in the stock layout.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
+from dpzoo.errors import InputError, UnsupportedConfigError
+from dpzoo.layers.embeddings import retype_embedding
+from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
+
+REFUSED_FIELDS: Mapping[str, tuple[Any, str]] = {
+    "add_cross_attention": (False, "cross-attention is not part of the zoo"),
+    "is_encoder_decoder": (False, "encoder-decoder models are not part of the zoo"),
+    "tie_encoder_decoder": (False, "encoder-decoder models are not part of the zoo"),
+    "cross_attention_hidden_size": (None, "cross-attention is not part of the zoo"),
+    "chunk_size_feed_forward": (0, "a chunked feed-forward calls one layer several times"),
+    "position_embedding_type": ("absolute", "only learned absolute positions are implemented"),
+    "is_causal": (None, "the direction of attention follows the class and config.is_decoder"),
+    "pruned_heads": ({}, "pruned heads change the shape of single layers"),
+}
+"""Config fields that would change the function: the one value that is honoured, and why only that."""
+
+TWO_LABELS: Mapping[str, tuple[Any, str]] = {
+    "num_labels": (2, "question answering has two outputs, the first and the last token")
+}
+"""Added to `REFUSED_FIELDS` by the question answering classes."""
+
+HARMLESS_ARGUMENTS = frozenset({"num_items_in_batch", "cache_position", "return_dict", "use_cache"})
+"""Forward arguments that callers pass to every model and that change nothing here.
+
+``num_items_in_batch`` among them: a loss that divides by the tokens of the whole batch is what the
+per-row losses are there to avoid.
+"""
+
+
+class PerSampleModel(PreTrainedModel):
+    """A `transformers.PreTrainedModel` whose every parameter has an exact per-sample gradient.
+
+    Args:
+        config: the family's own transformers config.
+
+    Raises:
+        UnsupportedConfigError: a field of the config asks for something that is not implemented.
+    """
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    # Trainer then scales the loss by its accumulation steps itself: per-row losses do not depend on
+    # how many tokens the rest of an accumulated batch has.
+    accepts_loss_kwargs = False
+    _honoured_fields: Mapping[str, tuple[Any, str]] = {}
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        refuse_fields(type(self).__name__, config, {**REFUSED_FIELDS, **self._honoured_fields})
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    # --- parts keep their types -----------------------------------------------------------------
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie head and embedding as the config says, and give the head the type that tells it."""
+        if self.config.tie_word_embeddings:
+            for module in self.modules():
+                if isinstance(module, TiedBias):
+                    module.set_bias(module.decoder.bias)
+        super().tie_weights(*args, **kwargs)
+        self.retype_parts()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Target -> source of what the config ties; the class's own table needs no expansion."""
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)
+        return dict(self._tied_weights_keys or {}) if self.config.tie_word_embeddings else {}
+
+    def retype_parts(self) -> None:
+        """Make the type of the vocabulary projection say whether it is tied by now."""
+        head = self.get_output_embeddings()
+        if head is not None:
+            retype_lm_head(head, self.get_input_embeddings())
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
+        # transformers builds a plain Linear; whether it is tied again is settled by tie_weights.
+        resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        if isinstance(old_lm_head, LMHead):
+            resized.__class__ = LMHead
+        return resized
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the token table; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
+        super().set_input_embeddings(retype_embedding(value))
+
+    # --- checkpoints are stock ------------------------------------------------------------------
+    # Writing needs nothing here: state_dict() has stock names and layouts, so transformers' own
+    # save_pretrained and push_to_hub write a stock checkpoint.
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a stock checkpoint with transformers' own loader and convert it in memory.
+
+        Arguments are those of `transformers.PreTrainedModel.from_pretrained`; see
+        `dpzoo.from_pretrained`.
+        """
+        # pretrained stands above the models: imported here, when it exists.
+        from dpzoo.pretrained import load_class
+
+        return load_class(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    # --- what forward passes share --------------------------------------------------------------
+
+    def _attention_mask(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        causal: bool,
+        eager: bool,
+        num_choices: int = 1,
+        past_key_values: Any = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """The mask as `dpzoo.layers.attend` takes it, for rows of (batch * num_choices).
+
+        Args:
+            hidden: the embedded input, (batch, num_choices * seq, hidden).
+            attention_mask: (rows, kv_len), (batch, num_choices, kv_len), nonzero where a token takes
+                part; or 4-D, (rows, 1 or heads, q_len, kv_len), used as it is.
+            causal: whether a position sees only those before it.
+            eager: whether an additive mask is wanted instead of a boolean one.
+            num_choices: sequences a row holds.
+            past_key_values: a transformers cache, for its length.
+            position_ids: (rows, seq); with no mask given, rows that restart are packed sequences.
+        """
+        rows = unfold_choices(hidden, num_choices)
+        if attention_mask is not None and attention_mask.ndim == 3:
+            attention_mask = attention_mask.reshape(rows.shape[0], attention_mask.shape[-1])
+        config = self.config
+        if eager and config._attn_implementation != "eager":
+            config = copy.copy(config)
+            config._attn_implementation_internal = "eager"
+        if causal:
+            return create_causal_mask(
+                config, rows, attention_mask, past_key_values, position_ids=position_ids
+            )
+        return create_bidirectional_mask(config, rows, attention_mask)
+
+    def _recorder(
+        self,
+        output_hidden_states: bool | int | list[int] | None,
+        output_attentions: bool | None,
+        num_choices: int = 1,
+    ) -> "Recorder":
+        """A `Recorder` of what is asked for, by argument or, where that is None, by the config."""
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        if output_attentions is None:
+            output_attentions = bool(self.config.output_attentions)
+        return Recorder(output_hidden_states, output_attentions, num_choices)
+
+    def _eager(self, recorder: "Recorder") -> bool:
+        """Whether attention weights are computed one by one: by config, or to be recorded."""
+        return self.config._attn_implementation == "eager" or recorder.wants_attentions
+
+
+def classifier_dropout(config: Any) -> float:
+    """BERT's and RoBERTa's dropout before a classifier: its own, or else the hidden layers'."""
+    if config.classifier_dropout is not None:
+        return float(config.classifier_dropout)
+    return float(config.hidden_dropout_prob)
+
+
+def refuse_fields(name: str, config: Any, fields: Mapping[str, tuple[Any, str]]) -> None:
+    """Raise `UnsupportedConfigError` for the first field that differs from what is honoured."""
+    for field, (honoured, reason) in fields.items():
+        value = getattr(config, field, honoured)
+        if value != honoured and value is not None:
+            raise UnsupportedConfigError(
+                f"{name} cannot honour config.{field}={value!r} ({reason}). Wanted {honoured!r}: "
+                f"set it, or use the stock transformers class."
+            )
+
+
+def refuse_arguments(name: str, extra: Mapping[str, Any], **named: Any) -> None:
+    """Raise `InputError` for arguments that would change the function and cannot be honoured.
+
+    Args:
+        name: the class, for the message.
+        extra: the ``**kwargs`` of a forward pass.
+        **named: arguments that must be None, by name.
+    """
+    for argument, value in {**extra, **named}.items():
+        if value is None or argument in HARMLESS_ARGUMENTS:
+            continue
+        raise InputError(
+            f"{name}.forward() got {argument!r}, which it cannot honour. Leave it out, or use the "
+            f"stock transformers class."
+        )
+
+
+class Recorder:
+    """Collects hidden states and attention weights layer by layer, if they are asked for.
+
+    Args:
+        hidden_states: True for all, a number or list of them for some (the others become None).
+        attentions: whether to keep the attention weights.
+        num_choices: sequences that a row holds; hidden states are recorded as transformers gives
+            them, (batch * num_choices, seq, hidden).
+    """
+
+    def __init__(
+        self, hidden_states: bool | int | list[int], attentions: bool, num_choices: int = 1
+    ) -> None:
+        self._wanted = hidden_states
+        self.wants_attentions = attentions
+        self._num_choices = num_choices
+        self._states: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+
+    def add(self, hidden: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Record one layer's output, (batch, num_choices * seq, hidden), and attention weights."""
+        if self._wanted is not False:
+            self._states.append(unfold_choices(hidden, self._num_choices))
+        if self.wants_attentions and weights is not None:
+            self._weights.append(weights)
+
+    def replace_last(self, hidden: torch.Tensor) -> None:
+        """Put the model's output, as it is, in the place of the last layer's."""
+        if self._wanted is not False:
+            self._states[-1] = hidden
+
+    @property
+    def hidden_states(self) -> tuple[torch.Tensor | None, ...] | None:
+        """The recorded hidden states, or None."""
+        if self._wanted is False:
+            return None
+        if self._wanted is True:
+            return tuple(self._states)
+        count = len(self._states)
+        indices = [self._wanted] if isinstance(self._wanted, int) else self._wanted
+        kept = {i % count for i in indices if -count <= i < count}
+        return tuple(state if i in kept else None for i, state in enumerate(self._states))
+
+    @property
+    def attentions(self) -> tuple[torch.Tensor, ...] | None:
+        """The recorded attention weights, (rows, heads, q_len, kv_len) each, or None."""
+        return tuple(self._weights) if self.wants_attentions else None
+
+
+def unfold_choices(hidden: torch.Tensor, num_choices: int) -> torch.Tensor:
+    """(batch, num_choices * seq, hidden) -> (batch * num_choices, seq, hidden)."""
+    if num_choices == 1:
+        return hidden
+    batch, length, width = hidden.shape
+    return hidden.reshape(batch * num_choices, length // num_choices, width)
+
+
+def one_input(
+    name: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> torch.Tensor:
+    """Whichever of the two inputs is given.
+
+    Raises:
+        InputError: both or neither are.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "both" if input_ids is not None else "neither"
+        raise InputError(
+            f"You must specify exactly one of input_ids or inputs_embeds; {name}.forward() got {got}."
+        )
+    return input_ids if input_ids is not None else inputs_embeds  # type: ignore[return-value]
+
+
+def refuse_too_long(name: str, seq: int, past: int, limit: int) -> None:
+    """Raise `InputError` when a sequence has more positions than the table."""
+    if seq + past > limit:
+        raise InputError(
+            f"{name} got a sequence of {seq + past} tokens, wanted at most {limit}, the positions of "
+            f"its table. Truncate the input (tokenizer(..., truncation=True, max_length={limit}))."
+        )

@@ -1,0 +1,161 @@
+"""The tasks: what comes after the body, shared by the families.
+
+Each function takes the model and its inputs, runs ``model.base_model`` on them and returns the
+output class that transformers returns, with ``loss_per_sample`` attached. Losses are per row:
+see `dpzoo.losses` for what that means and where it differs from transformers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import (
+    CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+
+from dpzoo.losses import (
+    batch_mean,
+    causal_losses,
+    sequence_losses,
+    span_losses,
+    token_losses,
+    with_loss_per_sample,
+)
+
+Projection = Callable[..., torch.Tensor]
+
+
+def classify_tokens(
+    model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
+) -> TokenClassifierOutput:
+    """Logits (batch, seq, num_labels); a row's loss is the mean over its labelled tokens."""
+    body = model.base_model(**inputs)
+    logits = project(body.last_hidden_state)
+    losses = None if labels is None else token_losses(logits, labels)
+    output = TokenClassifierOutput(
+        loss=batch_mean(losses),
+        logits=logits,
+        hidden_states=body.hidden_states,
+        attentions=body.attentions,
+    )
+    return with_loss_per_sample(output, losses)
+
+
+def predict_masked(
+    model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
+) -> MaskedLMOutput:
+    """Logits (batch, seq, vocab); a row's loss is the mean over its labelled tokens."""
+    body = model.base_model(**inputs)
+    logits = project(body.last_hidden_state)
+    losses = None if labels is None else token_losses(logits, labels)
+    output = MaskedLMOutput(
+        loss=batch_mean(losses),
+        logits=logits,
+        hidden_states=body.hidden_states,
+        attentions=body.attentions,
+    )
+    return with_loss_per_sample(output, losses)
+
+
+def predict_next(
+    model: Any,
+    project: Projection,
+    labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    **inputs: Any,
+) -> CausalLMOutputWithCrossAttentions:
+    """Logits (batch, seq, vocab); a row's loss is the mean over its tokens that have a successor."""
+    body = model.base_model(**inputs)
+    logits = project(slice_logits_to_keep(body.last_hidden_state, logits_to_keep))
+    losses = None if labels is None else causal_losses(logits, labels)
+    output = CausalLMOutputWithCrossAttentions(
+        loss=batch_mean(losses),
+        logits=logits,
+        past_key_values=body.past_key_values,
+        hidden_states=body.hidden_states,
+        attentions=body.attentions,
+    )
+    return with_loss_per_sample(output, losses)
+
+
+def classify_sequence(
+    model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
+) -> SequenceClassifierOutput:
+    """Logits (batch, num_labels), from whatever ``project`` takes of the body's output."""
+    body = model.base_model(**inputs)
+    logits = project(body)
+    losses = None if labels is None else sequence_losses(logits, labels, model.config)
+    output = SequenceClassifierOutput(
+        loss=batch_mean(losses),
+        logits=logits,
+        hidden_states=body.hidden_states,
+        attentions=body.attentions,
+    )
+    return with_loss_per_sample(output, losses)
+
+
+def choose(
+    model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
+) -> MultipleChoiceModelOutput:
+    """Logits (batch, num_choices), one score a sequence.
+
+    The row stays the batch dimension: inputs of (batch, num_choices, seq) go through the body as
+    (batch, num_choices * seq), so that a per-sample gradient is a row's, all its choices together.
+
+    Args:
+        model: the model; its body takes ``num_choices``.
+        project: the body's output and num_choices to (batch, num_choices, 1) scores.
+        labels: (batch,), the right choice.
+        **inputs: the body's arguments, ids and masks as (batch, num_choices, seq), embeddings as
+            (batch, num_choices, seq, hidden).
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    given = ids if ids is not None else embeds
+    if given is not None:
+        batch, num_choices, seq = given.shape[:3]
+        inputs["num_choices"] = num_choices
+        if ids is not None:
+            inputs["input_ids"] = ids.reshape(batch, num_choices * seq)
+        if embeds is not None:
+            inputs["inputs_embeds"] = embeds.reshape(batch, num_choices * seq, embeds.shape[-1])
+    body = model.base_model(**inputs)
+    logits = project(body, num_choices).reshape(batch, num_choices)
+    losses = None if labels is None else token_losses(logits, labels.reshape(batch))
+    output = MultipleChoiceModelOutput(
+        loss=batch_mean(losses),
+        logits=logits,
+        hidden_states=body.hidden_states,
+        attentions=body.attentions,
+    )
+    return with_loss_per_sample(output, losses)
+
+
+def answer(
+    model: Any,
+    project: Projection,
+    start_positions: torch.Tensor | None,
+    end_positions: torch.Tensor | None,
+    **inputs: Any,
+) -> QuestionAnsweringModelOutput:
+    """Logits (batch, seq) of a span's first and last token."""
+    body = model.base_model(**inputs)
+    start_logits, end_logits = (
+        half.squeeze(-1).contiguous() for half in project(body.last_hidden_state).split(1, dim=-1)
+    )
+    losses = None
+    if start_positions is not None and end_positions is not None:
+        losses = span_losses(start_logits, end_logits, start_positions, end_positions)
+    output = QuestionAnsweringModelOutput(
+        loss=batch_mean(losses),
+        start_logits=start_logits,
+        end_logits=end_logits,
+        hidden_states=body.hidden_states,
+        attentions=body.attentions,
+    )
+    return with_loss_per_sample(output, losses)

@@ -1,0 +1,354 @@
+"""RoBERTa (Liu et al. 2019, arXiv 1907.11692).
+
+What makes it itself: BERT's encoder, with positions that begin after the padding id and skip padding
+(a pad token keeps position ``pad_token_id``, whose row in the table is never trained), a two-layer
+classification head over the first token, and a masked-LM head that always uses gelu. The reference
+for every value is transformers 5, ``models/roberta/modeling_roberta.py``.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, RobertaConfig
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from dpzoo.errors import UnsupportedConfigError
+from dpzoo.layers.encoder import EncoderLayer
+from dpzoo.models import heads
+from dpzoo.models.base import TWO_LABELS, PerSampleModel, classifier_dropout
+from dpzoo.models.encoder import EncoderBody, MaskedLMHead
+
+
+class RobertaLayer(EncoderLayer):
+    """One encoder layer, under the name that FSDP and device maps know it by."""
+
+
+class RobertaPreTrainedModel(PerSampleModel):
+    """What the RoBERTa classes have in common."""
+
+    config: RobertaConfig
+    config_class = RobertaConfig
+    base_model_prefix = "roberta"
+    _no_split_modules = ["RobertaLayer", "EncoderEmbeddings"]
+
+
+class RobertaModel(RobertaPreTrainedModel, EncoderBody):
+    """The encoder, with the pooler that multiple choice reads."""
+
+    def __init__(self, config: RobertaConfig, add_pooling_layer: bool = True) -> None:
+        if config.pad_token_id is None:
+            raise UnsupportedConfigError(
+                "RobertaModel cannot honour config.pad_token_id=None: RoBERTa counts positions from "
+                "it. Wanted an integer (1 in the published checkpoints): set it."
+            )
+        super().__init__(config)
+        self._build(
+            config,
+            RobertaLayer,
+            add_pooling_layer=add_pooling_layer,
+            position_padding_idx=config.pad_token_id,
+        )
+
+    def _max_length(self) -> int:
+        return self.config.max_position_embeddings - self.config.pad_token_id - 1
+
+    def _default_positions(
+        self, input_ids: torch.Tensor | None, seq: int, past: int, device: torch.device
+    ) -> torch.Tensor:
+        padding = self.config.pad_token_id
+        if input_ids is None:  # padding cannot be told from embeddings
+            return torch.arange(padding + 1, padding + 1 + seq, device=device).unsqueeze(0)
+        real = input_ids.ne(padding).long()
+        return (real.cumsum(dim=1) + past) * real + padding
+
+
+class RobertaLMHead(MaskedLMHead):
+    """Dense, gelu, LayerNorm, projection: (batch, seq, hidden) -> (batch, seq, vocab)."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden))))
+
+
+class RobertaClassificationHead(nn.Module):
+    """Two layers over the first token: (batch, hidden) -> (batch, num_labels)."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, first_token: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.dense(self.dropout(first_token)))
+        return self.out_proj(self.dropout(hidden))
+
+
+class _RobertaLM(RobertaPreTrainedModel):
+    """Where the classes with a vocabulary projection keep it."""
+
+    _tied_weights_keys = {
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The vocabulary projection."""
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the vocabulary projection, bias included."""
+        self.lm_head.decoder = new_embeddings
+
+
+class RobertaForCausalLM(_RobertaLM, GenerationMixin):
+    """Next-token prediction; meant for ``config.is_decoder=True``."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.roberta = RobertaModel(config, add_pooling_layer=False)
+        self.lm_head = RobertaLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Inputs as in `RobertaModel`; ``labels`` (batch, seq) are shifted inside."""
+        return heads.predict_next(
+            self,
+            self.lm_head,
+            labels,
+            logits_to_keep,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=False if labels is not None else use_cache,
+            **kwargs,
+        )
+
+
+class RobertaForMaskedLM(_RobertaLM):
+    """Prediction of masked tokens."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.roberta = RobertaModel(config, add_pooling_layer=False)
+        self.lm_head = RobertaLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
+        return heads.predict_masked(
+            self,
+            self.lm_head,
+            labels,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **kwargs,
+        )
+
+
+class RobertaForSequenceClassification(RobertaPreTrainedModel):
+    """A class, several classes, or numbers for each row, read off the first token."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.roberta = RobertaModel(config, add_pooling_layer=False)
+        self.classifier = RobertaClassificationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Inputs as in `RobertaModel`; labels as in `dpzoo.losses.sequence_losses`."""
+        return heads.classify_sequence(
+            self,
+            self._project,
+            labels,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _project(self, body: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
+        return self.classifier(body.last_hidden_state[:, 0])
+
+
+class RobertaForMultipleChoice(RobertaPreTrainedModel):
+    """One of several sequences a row; the privacy unit stays the row, all its choices together."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.roberta = RobertaModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput:
+        """Inputs as in `RobertaModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
+        return heads.choose(
+            self,
+            self._project,
+            labels,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _project(
+        self, body: BaseModelOutputWithPoolingAndCrossAttentions, num_choices: int
+    ) -> torch.Tensor:
+        return self.classifier(self.dropout(body.pooler_output))
+
+
+class RobertaForTokenClassification(RobertaPreTrainedModel):
+    """A class for each token."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.roberta = RobertaModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where ignored."""
+        return heads.classify_tokens(
+            self,
+            self._project,
+            labels,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.dropout(hidden))
+
+
+class RobertaForQuestionAnswering(RobertaPreTrainedModel):
+    """The first and last token of an answer."""
+
+    _honoured_fields = TWO_LABELS
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.roberta = RobertaModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Inputs as in `RobertaModel`; positions (batch,), outside the sequence where ignored."""
+        return heads.answer(
+            self,
+            self.qa_outputs,
+            start_positions,
+            end_positions,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
