@@ -9,6 +9,7 @@ checkpoint.
 """
 
 from dpzoo.conversion import convert, to_transformers
+from dpzoo.data import prime_empty_batches
 from dpzoo.errors import (
     ConversionError,
     DpzooError,
@@ -16,6 +17,7 @@ from dpzoo.errors import (
     UnsupportedConfigError,
     UnsupportedModelError,
 )
+from dpzoo.losses import ModelLoss
 from dpzoo.models.bert import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -82,6 +84,7 @@ __all__ = [
     "GPT2LMHeadModel",
     "GPT2Model",
     "InputError",
+    "ModelLoss",
     "RobertaForCausalLM",
     "RobertaForMaskedLM",
     "RobertaForMultipleChoice",
@@ -95,5 +98,6 @@ __all__ = [
     "from_config",
     "from_pretrained",
     "list_models",
+    "prime_empty_batches",
     "to_transformers",
 ]

@@ -70,8 +70,13 @@ def to_transformers(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def _convert(model: PreTrainedModel, *, release: bool) -> PerSampleModel:
-    """`convert`; with ``release`` a layer of the source is freed as soon as it has been copied."""
+def _convert(
+    model: PreTrainedModel, *, release: bool, cls: type[PerSampleModel] | None = None
+) -> PerSampleModel:
+    """`convert`, into ``cls`` if given: the twin's class or a subclass of it.
+
+    With ``release`` a layer of the source is freed as soon as it has been copied.
+    """
     if isinstance(model, PerSampleModel):
         raise UnsupportedModelError(
             f"dpzoo.convert got {_described(model)}, which is a dpzoo model already: use it as it is."
@@ -86,7 +91,7 @@ def _convert(model: PreTrainedModel, *, release: bool) -> PerSampleModel:
             f"{', '.join(sorted(_class_names()))}. For a subclass of your own, load its weights into "
             f"the dpzoo class: load_state_dict takes stock state dicts."
         )
-    cls = class_by_name(name)
+    cls = cls or class_by_name(name)
     _refuse_adapters(model, "dpzoo.convert")
     if getattr(model, "is_quantized", False):
         raise UnsupportedModelError(
@@ -113,7 +118,7 @@ def _convert(model: PreTrainedModel, *, release: bool) -> PerSampleModel:
 def _empty(cls: type[Any], model: PreTrainedModel) -> Any:
     """An instance of ``cls`` on the meta device, with a copy of the model's config."""
     # A bare encoder may have been built without its pooler, which the config does not tell.
-    arguments = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
+    arguments = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
     with torch.device("meta"):
         twin = cls(copy.deepcopy(model.config), **arguments)
     # Parameters are handed over later; buffers (stock models keep position ids in some) are
@@ -173,15 +178,16 @@ def _transfer(
     filled: dict[int, nn.Parameter] = {}
     for name, tensor in source.items():
         key = id(tensor)
+        path, _, leaf = name.rpartition(".")
         if key not in filled:
             data = tensor.detach()
             if name in transposed:
                 data = data.t().contiguous()
                 if release:
                     tensor.data = torch.empty(0, dtype=data.dtype, device=data.device)
-            trainable = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
-            filled[key] = nn.Parameter(data, requires_grad=trainable)
-        path, _, leaf = name.rpartition(".")
+            # The dead bias of an untied head is a buffer in dpzoo: it is as frozen as the live one.
+            live = tensor if isinstance(tensor, nn.Parameter) else source[f"{path}.decoder.bias"]
+            filled[key] = nn.Parameter(data, requires_grad=live.requires_grad)
         module = twin.get_submodule(path)
         if not isinstance(module, TiedBias):
             setattr(module, leaf, filled[key])
@@ -190,15 +196,25 @@ def _transfer(
             module.set_bias(filled[id(source[f"{path}.bias"])])
 
 
+SETTINGS = ((nn.Dropout, "p"), (nn.LayerNorm, "eps"), (nn.Embedding, "padding_idx"))
+"""What callers change on the modules of a model they have, where the config does not tell."""
+
+
 def _carry(model: PreTrainedModel, twin: PreTrainedModel) -> None:
-    """What a model has beside its parameters: modes, generation config, names."""
+    """What a model has beside its parameters: modes, settings, generation config, names."""
     twin.name_or_path = model.name_or_path
     if getattr(model, "generation_config", None) is not None:
         twin.generation_config = copy.deepcopy(model.generation_config)
     twin.all_tied_weights_keys = dict(model.all_tied_weights_keys)
-    flags = {name: module.training for name, module in model.named_modules()}
+    modules: dict[str, nn.Module] = {}
+    namesakes = dict(model.named_modules())
     for name, module in twin.named_modules():
-        module.training = flags.get(name, model.training)
+        # A module without a namesake (an activation, say) goes with the one that it is in.
+        modules[name] = source = namesakes.get(name) or modules[name.rpartition(".")[0]]
+        module.training = source.training
+        for kind, setting in SETTINGS:
+            if isinstance(module, kind) and isinstance(source, kind):
+                setattr(module, setting, getattr(source, setting))
 
 
 # --- what cannot be converted -------------------------------------------------------------------

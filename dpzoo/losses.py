@@ -173,3 +173,65 @@ def with_loss_per_sample(output: Output, losses: torch.Tensor | None) -> Output:
     """
     object.__setattr__(output, "loss_per_sample", losses)
     return output
+
+
+class ModelLoss:
+    """The criterion that takes a model's outputs: one line for every head and every Opacus mode.
+
+        criterion = dpzoo.ModelLoss()
+        model, optimizer, criterion, loader = PrivacyEngine().make_private(
+            ..., criterion=criterion, grad_sample_mode="ghost"
+        )
+        loss = criterion(model(**batch))
+        loss.backward()
+
+    Ghost mode needs the loss of every row, before any reduction; it asks a criterion for it by
+    setting ``reduction = "none"``. The models have computed it already, from the labels that they
+    were given. Without Opacus, and in its other modes, the criterion gives the reduced loss.
+
+    Args:
+        reduction: "mean" over the rows, "sum" over them, or "none" for (batch,) losses. It has to
+            equal the ``loss_reduction`` that ``make_private`` is given.
+
+    Raises:
+        InputError: an unknown reduction.
+
+    Guarantees:
+        With "none", entry i is a function of row i alone.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        self.reduction = reduction
+        self._refuse_unknown()
+
+    def __call__(self, outputs: Any) -> torch.Tensor:
+        """The loss of a model's outputs; of double heads, the sum of their two losses.
+
+        Args:
+            outputs: what a dpzoo model returned for a batch with labels.
+
+        Raises:
+            InputError: the outputs carry no per-row loss.
+        """
+        self._refuse_unknown()
+        parts = [
+            losses
+            for name in ("loss_per_sample", "mc_loss_per_sample")
+            if (losses := getattr(outputs, name, None)) is not None
+        ]
+        if not parts:
+            raise InputError(
+                f"ModelLoss got {type(outputs).__name__} without loss_per_sample, wanted the outputs "
+                f"of a dpzoo model that was given labels (and return_dict=True). Pass labels=... to "
+                f"the model, or use a criterion on the logits."
+            )
+        losses = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        if self.reduction == "none":
+            return losses
+        return losses.sum() / (max(len(losses), 1) if self.reduction == "mean" else 1)
+
+    def _refuse_unknown(self) -> None:
+        if self.reduction not in ("mean", "sum", "none"):
+            raise InputError(
+                f"ModelLoss got reduction={self.reduction!r}, wanted 'mean', 'sum' or 'none'."
+            )

@@ -58,12 +58,16 @@ def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -
 
 
 def load_class(cls: type[PerSampleModel], name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.from_pretrained``: load the stock class that ``cls`` replaces and convert it."""
+    """``cls.from_pretrained``: load the stock class that ``cls`` replaces and convert it.
+
+    Raises:
+        ConversionError: ``cls`` is a user's subclass with parameters of its own.
+    """
     loaded = stock_class(cls).from_pretrained(name_or_path, *args, **kwargs)
     if kwargs.get("output_loading_info"):
         model, report = loaded
-        return _as_class(_convert(model, release=True), cls), report
-    return _as_class(_convert(loaded, release=True), cls)
+        return _convert(model, release=True, cls=cls), report
+    return _convert(loaded, release=True, cls=cls)
 
 
 def from_config(
@@ -118,10 +122,3 @@ def _class_for(config: PreTrainedConfig, task: str | None, name: str) -> type[Pe
             f"{name} was saved from {saved_as}, which dpzoo does not have. Pass task=, one of: "
             f"{', '.join(list_models()[family])}."
         ) from error
-
-
-def _as_class(model: PerSampleModel, cls: type[PerSampleModel]) -> PerSampleModel:
-    """``cls`` may be a user's subclass of the dpzoo class that conversion gives."""
-    if type(model) is not cls:
-        model.__class__ = cls
-    return model

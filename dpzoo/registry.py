@@ -55,6 +55,18 @@ TASKS = MappingProxyType(
 )
 """Task -> the names of the classes that do it, at most one of each family."""
 
+PIPELINE_TASKS = MappingProxyType(
+    {
+        "feature-extraction": "base",
+        "fill-mask": "masked-lm",
+        "ner": "token-classification",
+        "sentiment-analysis": "sequence-classification",
+        "text-classification": "sequence-classification",
+        "text-generation": "causal-lm",
+    }
+)
+"""transformers' names of pipelines -> the task that is meant, for suggestions."""
+
 
 def _registry() -> dict[tuple[str, str], type[PerSampleModel]]:
     classes = {}
@@ -99,7 +111,7 @@ def model_class(family: str, task: str) -> type[PerSampleModel]:
         known = "has no class for" if task in TASKS else "does not know"
         raise UnsupportedModelError(
             f"Family {family!r} {known} task {task!r}. Wanted one of: {', '.join(tasks)}."
-            + _suggestion(task, tasks)
+            + _suggestion(PIPELINE_TASKS.get(task, task), tasks)
         )
     return CLASSES[family, task]
 

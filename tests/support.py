@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
+from dpzoo.layers.lm_head import TiedBias
 from dpzoo.layers.transposed import TransposedProjections
 from dpzoo.registry import CLASSES, class_by_name, stock_class
 
@@ -305,3 +306,38 @@ def largest_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
         return 0.0
     got, wanted = got.detach(), wanted.detach()
     return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+
+
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05}
+"""How far equal functions may differ, by dtype: the rounding of two layers."""
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def assert_bit_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert got[key].dtype == value.dtype, key
+        assert torch.equal(got[key], value), key
+
+
+def assert_same_outputs(got: Any, wanted: Any, inputs: dict[str, Any], tolerance: float) -> None:
+    with torch.no_grad():
+        a, b = wanted(**inputs), got(**inputs)
+    assert list(a) == list(b)
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert largest_error(b[key].double(), value.double()) <= tolerance, key
+
+
+def tied_groups(model: torch.nn.Module) -> set[frozenset[str]]:
+    """Names that stand for one and the same parameter, as sets."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    for prefix, module in model.named_modules():
+        if isinstance(module, TiedBias):
+            groups.setdefault(id(module.bias), set()).add(f"{prefix}.bias")
+    return {frozenset(names) for names in groups.values()}

@@ -53,7 +53,7 @@ def embedding_grad_sample(
     batch, _, hidden = values.shape
     grads = values.new_zeros(batch, layer.num_embeddings, hidden)
     grads.scatter_add_(1, ids.unsqueeze(-1).expand_as(values), values)
-    for use in take_deferred(layer.weight):
+    for use in take_deferred(layer):
         grads += head_grad_sample(use)
     return {layer.weight: grads}
 
@@ -81,7 +81,7 @@ def embedding_norm_sample(
     owner = torch.div(keys, layer.num_embeddings, rounding_mode="floor")
     squared.index_add_(0, owner, sums.square().sum(-1))
 
-    uses = take_deferred(layer.weight)
+    uses = take_deferred(layer)
     for i, use in enumerate(uses):
         inputs, grads = use
         # l_s[id_t]: (batch, seq, vocab) gathered at (batch, seq, length)

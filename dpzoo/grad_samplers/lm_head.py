@@ -7,11 +7,18 @@ defers: while a use of the weight is still to come, it leaves its inputs and gra
 parameter and returns nothing for it, and the embedding's sampler, which comes last, accounts for
 both. That is one mechanism for hooks and ghost mode alike. (functorch and ExpandedWeights never
 ask these samplers.)
+
+Under FSDP2 (mode ghost_fsdp) a parameter comes and goes with its shards, so Opacus counts the
+forwards of a module instead, and keeps the norms with the module: one for each of its parameters,
+from whichever sampler. There the head asks its `LMHead.table` whether it was looked up, leaves its
+share with it, and returns a norm of zero for the weight.
 """
 
 import torch
 from opacus.grad_sample import register_grad_sampler
+from torch import nn
 
+from dpzoo.errors import UnsupportedModelError
 from dpzoo.layers.lm_head import LMHead
 
 Use = tuple[torch.Tensor, torch.Tensor]
@@ -36,9 +43,25 @@ def uses_inner_product(a: Use, b: Use) -> torch.Tensor:
     return (gram * torch.matmul(a[0], b[0].transpose(1, 2))).sum((1, 2))
 
 
-def take_deferred(weight: torch.Tensor) -> list[Use]:
-    """The uses that a head left for the embedding's sampler; they are forgotten with this call."""
-    return weight.__dict__.pop(_DEFERRED, [])
+def take_deferred(layer: nn.Module) -> list[Use]:
+    """The uses that a head left for the sampler of this layer; they are forgotten with this call."""
+    return [*vars(layer.weight).pop(_DEFERRED, []), *vars(layer).pop(_DEFERRED, [])]
+
+
+def _deferred_to(layer: LMHead) -> torch.Tensor | nn.Module | None:
+    """Where a use waits for the embedding's sampler; None if that will not be asked for this pass."""
+    forwards = getattr(layer.weight, "_forward_counter", 0)
+    if forwards:
+        return layer.weight if forwards > 1 else None
+    if not hasattr(layer, "_forward_counter"):
+        return None
+    if layer.table is None or layer.table.weight is not layer.weight:
+        raise UnsupportedModelError(
+            "A tied LMHead has another weight than its token embedding, wanted one weight in one FSDP "
+            "group. Call model.tie_weights(), and then fully_shard([model.get_input_embeddings(), "
+            "model.get_output_embeddings()]), before the rest of the model is sharded."
+        )
+    return layer.table if getattr(layer.table, "_forward_counter", 0) else None
 
 
 @register_grad_sampler(LMHead)
@@ -55,7 +78,10 @@ def lm_head_grad_sample(
     Returns:
         ``{bias: (batch, vocab)}``, and ``{weight: (batch, vocab, hidden)}`` if no use of the weight
         is still to come in this backward pass (the embedding was not looked up, say, because
-        ``inputs_embeds`` was given).
+        ``inputs_embeds`` was given). Under FSDP2 a deferred weight is there as zeros, (batch, 1).
+
+    Raises:
+        UnsupportedModelError: under FSDP2, head and embedding are not one parameter.
 
     Guarantees:
         Together with `dpzoo.grad_samplers.embeddings`, every use of the weight in the forward pass
@@ -67,10 +93,13 @@ def lm_head_grad_sample(
     if layer.bias is not None and layer.bias.requires_grad:
         samples[layer.bias] = use[1].sum(1)
     if layer.weight.requires_grad:
-        if getattr(layer.weight, "_forward_counter", 1) > 1:
-            layer.weight.__dict__.setdefault(_DEFERRED, []).append(use)
-        else:
+        waits_at = _deferred_to(layer)
+        if waits_at is None:
             samples[layer.weight] = head_grad_sample(use)
-            for deferred in take_deferred(layer.weight):
+            for deferred in take_deferred(layer):
                 samples[layer.weight] += head_grad_sample(deferred)
+        else:
+            vars(waits_at).setdefault(_DEFERRED, []).append(use)
+            if waits_at is layer.table:
+                samples[layer.weight] = use[0].new_zeros(len(use[0]), 1)
     return samples

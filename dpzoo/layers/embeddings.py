@@ -14,15 +14,33 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dpzoo.errors import InputError
 
 
-class TokenEmbedding(nn.Embedding):
+class _Table(nn.Embedding):
+    """An embedding that keeps its padding row untrained in every mode of Opacus."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.weight, nn.Parameter):
+            return super().forward(ids)
+        # The weight is not a parameter but what a transform put in its place. ExpandedWeights knows
+        # F.embedding only, and ignores padding_idx there; functorch's embedding fails on an empty
+        # batch, its indexing does not. In both, cut padding off before the gradient gets there.
+        expanded = hasattr(self.weight, "orig_weight")
+        embedded = F.embedding(ids, self.weight) if expanded else self.weight[ids]
+        if self.padding_idx is None:
+            return embedded
+        padding = (ids == self.padding_idx).unsqueeze(-1)
+        return torch.where(padding, embedded.detach(), embedded)
+
+
+class TokenEmbedding(_Table):
     """A table of token (or token type) embeddings; ids (batch, length) -> (batch, length, hidden)."""
 
 
-class PositionEmbedding(nn.Embedding):
+class PositionEmbedding(_Table):
     """A table of learned positions; ids (batch, length) -> (batch, length, hidden)."""
 
 

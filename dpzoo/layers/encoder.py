@@ -46,6 +46,11 @@ class EncoderEmbeddings(nn.Module):
         self.token_type_embeddings = TokenEmbedding(config.type_vocab_size, hidden)
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        if position_padding_idx is not None:
+            # RoBERTa registers this table last, and optimizer states go by the order of parameters.
+            positions = self.position_embeddings
+            del self.position_embeddings
+            self.position_embeddings = positions
 
     def forward(
         self,

@@ -15,6 +15,9 @@ class LMHead(nn.Linear):
     `torch.nn.Linear`: see `retype_lm_head`.
     """
 
+    table: nn.Module | None = None
+    """The embedding that the weight belongs to. A plain reference, not a submodule."""
+
 
 def retype_lm_head(head: nn.Module, embedding: nn.Module) -> None:
     """Make the type of a vocabulary projection tell whether it is tied, in place.
@@ -26,6 +29,8 @@ def retype_lm_head(head: nn.Module, embedding: nn.Module) -> None:
     if type(head) in (nn.Linear, LMHead):
         tied = head.weight is getattr(embedding, "weight", None)
         head.__class__ = LMHead if tied else nn.Linear
+        # Past nn.Module.__setattr__, which would make the embedding a part of the head.
+        vars(head).update(table=embedding) if tied else vars(head).pop("table", None)
 
 
 class TiedBias(nn.Module):
@@ -54,6 +59,19 @@ class TiedBias(nn.Module):
     def set_bias(self, value: torch.Tensor) -> None:
         """Make ``value`` the outer bias: an alias if it is the decoder's, else a dead value."""
         self.spare_bias = None if value is self.decoder.bias else value.detach()
+
+    def set_decoder(self, decoder: nn.Linear) -> None:
+        """Replace the projection; a dead bias takes its size, or the checkpoint would not load."""
+        self.decoder = decoder
+        if self.spare_bias is not None:
+            self.spare_bias = decoder.bias.detach().clone()
+
+    def tie_bias(self) -> None:
+        """Make the two biases one; where they differ, the outer one's value stays, as in stock."""
+        spare, self.spare_bias = self.spare_bias, None
+        if spare is not None and spare.shape == self.decoder.bias.shape:
+            with torch.no_grad():
+                self.decoder.bias.copy_(spare)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
         super()._save_to_state_dict(destination, prefix, keep_vars)

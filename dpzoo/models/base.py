@@ -7,15 +7,18 @@ checkpoints are read and written in the stock layout.
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
 from dpzoo.errors import InputError, UnsupportedConfigError
+from dpzoo.layers.checkpointing import guarded
 from dpzoo.layers.embeddings import retype_embedding
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
 
@@ -44,6 +47,16 @@ per-row losses are there to avoid.
 """
 
 
+class ForwardArguments(TypedDict, total=False):
+    """What every forward pass takes beside its own arguments; their meaning is transformers'."""
+
+    output_attentions: bool | None
+    output_hidden_states: bool | int | list[int] | None
+    return_dict: bool | None
+    num_items_in_batch: Any
+    cache_position: Any
+
+
 class PerSampleModel(PreTrainedModel):
     """A `transformers.PreTrainedModel` whose every parameter has an exact per-sample gradient.
 
@@ -60,6 +73,7 @@ class PerSampleModel(PreTrainedModel):
     # Trainer then scales the loss by its accumulation steps itself: per-row losses do not depend on
     # how many tokens the rest of an accumulated batch has.
     accepts_loss_kwargs = False
+    gradient_checkpointing: bool
     _honoured_fields: Mapping[str, tuple[Any, str]] = {}
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -70,6 +84,19 @@ class PerSampleModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside transformers, the library takes a module without parameters of its own for
+        # initialised already, and containers whose children want special values are skipped (GPT-2's
+        # projections, a sinusoidal table). Here values go through transformers.initialization, which
+        # looks at each parameter, so nothing that was loaded can be overwritten.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TiedBias) and module.spare_bias is not None:
+            init.zeros_(module.spare_bias)
+
     # --- parts keep their types -----------------------------------------------------------------
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +104,7 @@ class PerSampleModel(PreTrainedModel):
         if self.config.tie_word_embeddings:
             for module in self.modules():
                 if isinstance(module, TiedBias):
-                    module.set_bias(module.decoder.bias)
+                    module.tie_bias()
         super().tie_weights(*args, **kwargs)
         self.retype_parts()
 
@@ -103,6 +130,50 @@ class PerSampleModel(PreTrainedModel):
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token table; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
         super().set_input_embeddings(retype_embedding(value))
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module.load_state_dict`, with keys, layouts and errors of the stock model.
+
+        A head that is tied stays tied, with ``assign`` too (where torch gives each name a parameter
+        of its own).
+        """
+        head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if tied:
+            head.weight = embedding.weight
+        return result
+
+    # --- activation checkpointing ---------------------------------------------------------------
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As in transformers, reentrant by default: the kind that keeps per-sample gradients."""
+        if activation_checkpointing_kwargs is None:
+            activation_checkpointing_kwargs = {"use_reentrant": True}
+        hooked = bool(getattr(self, "_require_grads_hooks", None))
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        if not hooked:
+            # transformers has hooked the token table, to make its output need gradients where
+            # nothing below the first layer does. functorch cannot run that hook; see _checkpointable.
+            self.disable_input_require_grads()
+
+    def _checkpointable(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The first layer's input; it must need gradients for a reentrant checkpoint to have any."""
+        needs = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return hidden.detach().requires_grad_() if needs and not hidden.requires_grad else hidden
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Any = checkpoint,
+        **kwargs: Any,
+    ) -> None:
+        function = guarded(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     # --- checkpoints are stock ------------------------------------------------------------------
     # Writing needs nothing here: state_dict() has stock names and layouts, so transformers' own

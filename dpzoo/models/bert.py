@@ -23,11 +23,17 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
 
 from dpzoo.layers.encoder import EncoderLayer, activation
 from dpzoo.losses import batch_mean, token_losses, with_loss_per_sample
 from dpzoo.models import heads
-from dpzoo.models.base import TWO_LABELS, PerSampleModel, classifier_dropout
+from dpzoo.models.base import (
+    TWO_LABELS,
+    ForwardArguments,
+    PerSampleModel,
+    classifier_dropout,
+)
 from dpzoo.models.encoder import EncoderBody, MaskedLMHead
 
 
@@ -106,8 +112,7 @@ class _BertLM(BertPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the vocabulary projection, bias included."""
-        self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.set_bias(new_embeddings.bias)
+        self.cls.predictions.set_decoder(new_embeddings)
 
 
 class BertForPreTraining(_BertLM):
@@ -129,7 +134,7 @@ class BertForPreTraining(_BertLM):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> BertForPreTrainingOutput:
         """Inputs as in `BertModel`.
 
@@ -183,7 +188,7 @@ class BertLMHeadModel(_BertLM, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `BertModel`; ``labels`` (batch, seq) are shifted inside."""
         return heads.predict_next(
@@ -224,7 +229,7 @@ class BertForMaskedLM(_BertLM):
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `BertModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
         return heads.predict_masked(
@@ -260,7 +265,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> NextSentencePredictorOutput:
         """Inputs as in `BertModel`; ``labels`` (batch,)."""
         body = self.bert(
@@ -302,7 +307,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `BertModel`; labels as in `dpzoo.losses.sequence_losses`."""
         return heads.classify_sequence(
@@ -340,7 +345,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `BertModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
         return heads.choose(
@@ -381,7 +386,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `BertModel`; ``labels`` (batch, seq), -100 where ignored."""
         return heads.classify_tokens(
@@ -422,7 +427,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `BertModel`; positions (batch,), outside the sequence where ignored."""
         return heads.answer(

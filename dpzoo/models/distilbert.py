@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
 
 from dpzoo.layers.attention import attend, merge_heads, split_heads
 from dpzoo.layers.embeddings import (
@@ -36,6 +37,7 @@ from dpzoo.layers.lm_head import LMHead
 from dpzoo.models import heads
 from dpzoo.models.base import (
     TWO_LABELS,
+    ForwardArguments,
     PerSampleModel,
     one_input,
     refuse_arguments,
@@ -265,6 +267,7 @@ class DistilBertModel(DistilBertPreTrainedModel):
         mask = self._attention_mask(
             hidden, attention_mask, causal=False, eager=eager, num_choices=num_choices
         )
+        hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         for block in self.transformer.layer:
             hidden, weights = block(hidden, mask, num_choices=num_choices, eager=eager)
@@ -306,7 +309,7 @@ class DistilBertForMaskedLM(DistilBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
         return heads.predict_masked(
@@ -345,7 +348,7 @@ class DistilBertForSequenceClassification(DistilBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `DistilBertModel`; labels as in `dpzoo.losses.sequence_losses`."""
         return heads.classify_sequence(
@@ -385,7 +388,7 @@ class DistilBertForQuestionAnswering(DistilBertPreTrainedModel):
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `DistilBertModel`; positions (batch,), outside the sequence where ignored."""
         return heads.answer(
@@ -423,7 +426,7 @@ class DistilBertForTokenClassification(DistilBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
         return heads.classify_tokens(
@@ -460,7 +463,7 @@ class DistilBertForMultipleChoice(DistilBertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `DistilBertModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
         return heads.choose(

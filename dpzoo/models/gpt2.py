@@ -25,6 +25,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
 
 from dpzoo.errors import InputError, UnsupportedConfigError
 from dpzoo.layers.attention import attend, merge_heads, split_heads
@@ -46,6 +47,7 @@ from dpzoo.losses import (
 )
 from dpzoo.models import heads
 from dpzoo.models.base import (
+    ForwardArguments,
     PerSampleModel,
     one_input,
     refuse_arguments,
@@ -152,6 +154,7 @@ class GPT2PreTrainedModel(PerSampleModel):
     base_model_prefix = "transformer"
     _no_split_modules = ["GPT2Block"]
     _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -269,6 +272,7 @@ class GPT2Model(GPT2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids.reshape(batch * num_choices, seq),
         )
+        hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         for block in self.h:
             hidden, weights = block(
@@ -306,13 +310,13 @@ class GPT2Model(GPT2PreTrainedModel):
         return both[:, :length] + both[:, length:]
 
 
-class _GPT2LM(GPT2PreTrainedModel, GenerationMixin):
+class _GPT2LM(GPT2PreTrainedModel):
     """Where the classes that generate keep their projection."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
 
-class GPT2LMHeadModel(_GPT2LM):
+class GPT2LMHeadModel(_GPT2LM, GenerationMixin):
     """Next-token prediction."""
 
     def __init__(self, config: GPT2Config) -> None:
@@ -335,7 +339,7 @@ class GPT2LMHeadModel(_GPT2LM):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `GPT2Model`; ``labels`` (batch, seq) are shifted inside."""
         return heads.predict_next(
@@ -389,7 +393,7 @@ class GPT2SequenceSummary(nn.Module):
         return self.last_dropout(self.activation(self.summary(self.first_dropout(vector))))
 
 
-class GPT2DoubleHeadsModel(_GPT2LM):
+class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
     """Next-token prediction and multiple choice over the same sequences.
 
     The two losses stay apart, as in transformers: ``loss`` and ``mc_loss``, each with its per-row
@@ -422,7 +426,7 @@ class GPT2DoubleHeadsModel(_GPT2LM):
         labels: torch.Tensor | None = None,
         mc_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> GPT2DoubleHeadsModelOutput:
         """Inputs as in `GPT2Model`, usually (batch, num_choices, seq).
 
@@ -498,7 +502,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutputWithPast:
         """Inputs as in `GPT2Model`; labels as in `dpzoo.losses.sequence_losses`.
 
@@ -570,7 +574,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `GPT2Model`; ``labels`` (batch, seq), -100 where ignored."""
         return heads.classify_tokens(
@@ -611,7 +615,7 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `GPT2Model`; positions (batch,), outside the sequence where ignored."""
         return heads.answer(

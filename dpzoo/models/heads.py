@@ -68,12 +68,21 @@ def predict_next(
     project: Projection,
     labels: torch.Tensor | None,
     logits_to_keep: int | torch.Tensor,
+    shift_labels: torch.Tensor | None = None,
     **inputs: Any,
 ) -> CausalLMOutputWithCrossAttentions:
-    """Logits (batch, seq, vocab); a row's loss is the mean over its tokens that have a successor."""
+    """Logits (batch, seq, vocab); a row's loss is the mean over its tokens that have a successor.
+
+    As in transformers, ``shift_labels`` (batch, seq) beside ``labels`` replaces them: targets that are
+    lined up with the logits already.
+    """
     body = model.base_model(**inputs)
     logits = project(slice_logits_to_keep(body.last_hidden_state, logits_to_keep))
-    losses = None if labels is None else causal_losses(logits, labels)
+    losses = None
+    if labels is not None and shift_labels is not None:
+        losses = token_losses(logits, shift_labels)
+    elif labels is not None:
+        losses = causal_losses(logits, labels)
     output = CausalLMOutputWithCrossAttentions(
         loss=batch_mean(losses),
         logits=logits,

@@ -22,11 +22,17 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
+from typing_extensions import Unpack
 
 from dpzoo.errors import UnsupportedConfigError
 from dpzoo.layers.encoder import EncoderLayer
 from dpzoo.models import heads
-from dpzoo.models.base import TWO_LABELS, PerSampleModel, classifier_dropout
+from dpzoo.models.base import (
+    TWO_LABELS,
+    ForwardArguments,
+    PerSampleModel,
+    classifier_dropout,
+)
 from dpzoo.models.encoder import EncoderBody, MaskedLMHead
 
 
@@ -113,7 +119,7 @@ class _RobertaLM(RobertaPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the vocabulary projection, bias included."""
-        self.lm_head.decoder = new_embeddings
+        self.lm_head.set_decoder(new_embeddings)
 
 
 class RobertaForCausalLM(_RobertaLM, GenerationMixin):
@@ -139,7 +145,7 @@ class RobertaForCausalLM(_RobertaLM, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq) are shifted inside."""
         return heads.predict_next(
@@ -180,7 +186,7 @@ class RobertaForMaskedLM(_RobertaLM):
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
         return heads.predict_masked(
@@ -217,7 +223,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `RobertaModel`; labels as in `dpzoo.losses.sequence_losses`."""
         return heads.classify_sequence(
@@ -255,7 +261,7 @@ class RobertaForMultipleChoice(RobertaPreTrainedModel):
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `RobertaModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
         return heads.choose(
@@ -296,7 +302,7 @@ class RobertaForTokenClassification(RobertaPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where ignored."""
         return heads.classify_tokens(
@@ -337,7 +343,7 @@ class RobertaForQuestionAnswering(RobertaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `RobertaModel`; positions (batch,), outside the sequence where ignored."""
         return heads.answer(
