@@ -8,6 +8,7 @@ per-sample gradient under Opacus, position embeddings and tied heads included. I
 checkpoint.
 """
 
+from dpzoo.clipping import PrivacyEngine
 from dpzoo.conversion import convert, to_transformers
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import (
@@ -85,6 +86,7 @@ __all__ = [
     "GPT2Model",
     "InputError",
     "ModelLoss",
+    "PrivacyEngine",
     "RobertaForCausalLM",
     "RobertaForMaskedLM",
     "RobertaForMultipleChoice",

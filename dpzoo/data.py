@@ -1,11 +1,37 @@
 """What Poisson sampling needs of a data loader beyond what Opacus gives it."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from opacus.data_loader import CollateFnWithEmpty
+from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from torch.utils.data import DataLoader
 
 from dpzoo.errors import InputError
+
+
+class LockstepSampler(DistributedUniformWithReplacementSampler):
+    """Opacus' Poisson sampler of several processes, with the empty batches left in.
+
+    Opacus' own passes over the steps in which a rank draws no row. That rank is then ahead of the
+    others: gradients of different steps are added up, and at the end of the epoch the others wait
+    for it in vain.
+
+    Guarantees:
+        Every rank has ``len(self)`` batches an epoch, and every row of its share is in each of them
+        with probability ``sample_rate``, independently.
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = torch.arange(self.total_size)
+        if self.shuffle:  # the same permutation on all ranks, of which each takes its share
+            seed = self.shuffle_seed + self.epoch
+            rows = torch.randperm(self.total_size, generator=torch.Generator().manual_seed(seed))
+        share = rows[self.rank :: self.num_replicas]
+        for _ in range(self.num_batches):
+            drawn = torch.rand(len(share), generator=self.generator) < self.sample_rate
+            yield share[drawn].tolist()
 
 
 def prime_empty_batches(loader: DataLoader[Any], example: Any = None) -> DataLoader[Any]:
@@ -15,6 +41,10 @@ def prime_empty_batches(loader: DataLoader[Any], example: Any = None) -> DataLoa
     very first draw of a run is empty (with probability exp(-expected batch size), and more often in
     small tests), rows that are dicts, as transformers' collators take them, give a ``TypeError``.
     Call this once on the loader that ``make_private`` returned.
+
+    With several processes it also puts a `LockstepSampler` in the place of Opacus', which leaves empty
+    batches out. Every rank has to draw its rows with another seed than the others: seed them apart,
+    or not at all, before training begins.
 
     Args:
         loader: the Poisson loader from Opacus; changed in place.
@@ -37,4 +67,7 @@ def prime_empty_batches(loader: DataLoader[Any], example: Any = None) -> DataLoa
         if example is None:
             example = collate([loader.dataset[0]])
         collate.first_batch = example
+    if type(loader.batch_sampler) is DistributedUniformWithReplacementSampler:
+        # A DataLoader does not let go of its sampler, and a LockstepSampler has the same attributes.
+        loader.batch_sampler.__class__ = LockstepSampler
     return loader

@@ -54,7 +54,8 @@ class Step:
     ) -> None:
         self.name, self.mode, self.reduction, self.model = name, mode, reduction, model.train()
         trainable = [p for p in model.parameters() if p.requires_grad]
-        made = PrivacyEngine(accountant="rdp").make_private(
+        engine = dpzoo.PrivacyEngine if mode == "bk" else PrivacyEngine
+        made = engine(accountant="rdp").make_private(
             module=model,
             optimizer=torch.optim.SGD(trainable, lr=1.0),
             criterion=OutputLoss(name, {}, reduction),
@@ -68,11 +69,12 @@ class Step:
             **options,
         )
         self.engine, self.optimizer = made[0], made[1]
-        self.criterion = made[2] if "ghost" in mode else OutputLoss(name, {}, reduction)
+        self.makes_criterion = mode in ("ghost", "bk")
+        self.criterion = made[2] if self.makes_criterion else OutputLoss(name, {}, reduction)
         self.wrapped = made[0] if wrap_model else model
 
     def backward(self, batch: dict[str, torch.Tensor]) -> None:
-        criterion = self.criterion.criterion if "ghost" in self.mode else self.criterion
+        criterion = self.criterion.criterion if self.makes_criterion else self.criterion
         criterion.batch = batch
         if self.mode == "ew":  # takes its first argument by position
             rest = {key: value for key, value in batch.items() if key != "input_ids"}
@@ -83,7 +85,7 @@ class Step:
 
     def norms(self) -> torch.Tensor:
         """The norm of each row's gradient, (rows,), as the mode computed it; before `gradient`."""
-        if self.mode == "ghost":
+        if self.makes_criterion:
             return self.engine.per_sample_gradient_norms
         per_parameter = [g.reshape(len(g), -1).norm(dim=1) for g in self.optimizer.grad_samples]
         return torch.stack(per_parameter).norm(dim=0)
@@ -143,6 +145,18 @@ def assert_step_is_exact(
     wanted = oracle_gradients(name, stock, batch)
     model = dpzoo.convert(stock)
     prepare(model)
+    assert_model_step_is_exact(name, mode, batch, model, wanted, **options)
+
+
+def assert_model_step_is_exact(
+    name: str,
+    mode: str,
+    batch: dict[str, torch.Tensor],
+    model: Any,
+    wanted: dict[str, torch.Tensor],
+    **options: Any,
+) -> None:
+    """`assert_step_is_exact` of a model as it is, against per-row gradients in the stock layout."""
     names = [key for key, p in model.named_parameters() if p.requires_grad]
     norms = oracle_norms(wanted, names)
     clip = float(norms.median())  # some rows are clipped and some are not

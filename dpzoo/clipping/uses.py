@@ -1,0 +1,184 @@
+"""The mathematics of book-keeping: a gradient known by its factors.
+
+A *use* is one contribution to the per-sample gradients of one parameter, kept in the form in which it
+is cheapest to take a norm, an inner product with another use, and a weighted sum over the rows:
+
+- `Projection`, of a linear layer: G_i = sum_t l_it r_it^T, kept as (l, r);
+- `Lookup`, of an embedding: G_i = sum_t onehot(id_it) g_it^T, kept as (id, g);
+- `Direct`, the per-sample gradients themselves: vectors, and small or long-sequence matrices.
+
+The norm of a parameter with several uses needs the inner products of all pairs of them; that is what
+makes tied weights exact. Sources: Li et al. 2021 (arXiv 2110.05679) for the Gram form, Bu et al. 2023
+(arXiv 2210.00038) for book-keeping, Ding et al. 2024 (arXiv 2405.18194) for lookup x projection.
+
+Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is float32 or wider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCKS = 4
+"""A Gram matrix of t positions is computed in this many strips, and only on and below its diagonal:
+(BLOCKS + 1) / (2 BLOCKS) of the products. More strips save little and make the products small."""
+
+SHORTEST_STRIP = 32
+"""Below this many positions a strip is too small to be worth a product of its own."""
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or as it is if it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass
+class Projection:
+    """A linear layer's use of its weight: ``grads`` (n, t, out) and ``inputs`` (n, t, in)."""
+
+    grads: torch.Tensor
+    inputs: torch.Tensor
+
+    def squared_norm(self) -> torch.Tensor:
+        """``sum_ts <l_t, l_s> <r_t, r_s>``, (n,), with the symmetry of both Gram matrices."""
+        n, length, _ = self.grads.shape
+        if length == 1:
+            return self.grads.square().sum((1, 2)) * self.inputs.square().sum((1, 2))
+        strip = max(-(-length // BLOCKS), SHORTEST_STRIP)
+        total = self.grads.new_zeros(n)
+        for start in range(0, length, strip):
+            rows = slice(start, start + strip)
+            diagonal = _gram_product(self, rows, self, rows)
+            total += diagonal
+            if start:
+                total += 2 * _gram_product(self, rows, self, slice(0, start))
+        return total
+
+    def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+        """``total + sum_i weights_i G_i``, (out, in); in place where there is a total."""
+        grads, inputs = self.grads, self.inputs
+        scale = weights.view(-1, 1, 1)
+        if grads.shape[-1] <= inputs.shape[-1]:
+            grads = grads * scale
+        else:
+            inputs = inputs * scale
+        left, right = grads.flatten(0, 1).t(), inputs.flatten(0, 1)
+        if total is None:
+            return left @ right
+        return total.addmm_(left, right)
+
+    def select(self, rows: torch.Tensor) -> Projection:
+        """The same use of a subset of the rows."""
+        return Projection(self.grads[rows], self.inputs[rows])
+
+
+@dataclass
+class Lookup:
+    """An embedding's use of its table: ``ids`` (n, t) and ``grads`` (n, t, hidden)."""
+
+    ids: torch.Tensor
+    grads: torch.Tensor
+    size: int
+
+    def squared_norm(self) -> torch.Tensor:
+        """Positions of a row with the same id added up, squared and summed, (n,)."""
+        n, length, hidden = self.grads.shape
+        row = torch.arange(n, device=self.ids.device).unsqueeze(1)
+        keys, inverse = torch.unique(row * self.size + self.ids, return_inverse=True)
+        if len(keys) == n * length:  # no id twice in a row: positions, as a rule
+            return self.grads.square().sum((1, 2))
+        sums = self.grads.new_zeros(len(keys), hidden)
+        sums.index_add_(0, inverse.reshape(-1), self.grads.reshape(n * length, hidden))
+        owner = torch.div(keys, self.size, rounding_mode="floor")
+        return self.grads.new_zeros(n).index_add_(0, owner, sums.square().sum(1))
+
+    def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+        """``total + sum_i weights_i G_i``, (size, hidden); in place where there is a total."""
+        hidden = self.grads.shape[-1]
+        if total is None:
+            total = self.grads.new_zeros(self.size, hidden)
+        weighted = self.grads * weights.view(-1, 1, 1)
+        return total.index_add_(0, self.ids.reshape(-1), weighted.flatten(0, 1))
+
+    def select(self, rows: torch.Tensor) -> Lookup:
+        """The same use of a subset of the rows."""
+        return Lookup(self.ids[rows], self.grads[rows], self.size)
+
+
+@dataclass
+class Direct:
+    """Per-sample gradients as they are, ``grads`` (n, *shape)."""
+
+    grads: torch.Tensor
+
+    def squared_norm(self) -> torch.Tensor:
+        """(n,)."""
+        flat = self.grads.flatten(1)
+        return torch.linalg.vector_norm(flat, dim=1).square()
+
+    def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
+        """``total + sum_i weights_i G_i``; in place where there is a total."""
+        if total is None:
+            return torch.mv(self.grads.flatten(1).t(), weights).view(self.grads.shape[1:])
+        for grad, weight in zip(self.grads, weights.unbind(), strict=True):
+            total.addcmul_(grad, weight)
+        return total
+
+    def select(self, rows: torch.Tensor) -> Direct:
+        """The same use of a subset of the rows."""
+        return Direct(self.grads[rows])
+
+
+Use = Projection | Lookup | Direct
+
+
+def inner_product(a: Use, b: Use) -> torch.Tensor:
+    """``<G_a, G_b>`` of each row, (n,), for any two uses of one parameter."""
+    if isinstance(b, Direct) and not isinstance(a, Direct):
+        a, b = b, a
+    if isinstance(a, Lookup) and isinstance(b, Projection):
+        a, b = b, a
+    if isinstance(a, Direct):
+        if isinstance(b, Direct):
+            return (a.grads * b.grads).flatten(1).sum(1)
+        if isinstance(b, Projection):
+            return (torch.matmul(b.inputs, a.grads.transpose(1, 2)) * b.grads).sum((1, 2))
+        index = b.ids.unsqueeze(-1).expand_as(b.grads)
+        return (a.grads.gather(1, index) * b.grads).sum((1, 2))
+    if isinstance(a, Projection) and isinstance(b, Projection):
+        return _gram_product(a, slice(None), b, slice(None))
+    if isinstance(a, Projection) and isinstance(b, Lookup):
+        # l_s[id_t], (n, s, t): no tensor has both a vocabulary and a hidden dimension.
+        index = b.ids.unsqueeze(1).expand(-1, a.grads.shape[1], -1)
+        gram = torch.matmul(a.inputs, b.grads.transpose(1, 2))
+        return (a.grads.gather(2, index) * gram).sum((1, 2))
+    assert isinstance(a, Lookup)
+    assert isinstance(b, Lookup)
+    same = a.ids.unsqueeze(2) == b.ids.unsqueeze(1)
+    return (torch.matmul(a.grads, b.grads.transpose(1, 2)) * same).sum((1, 2))
+
+
+def projection(grads: torch.Tensor, inputs: torch.Tensor) -> Use:
+    """A linear layer's use, in the form that costs least.
+
+    Per row, with t positions and a weight of (out, in), counting multiply-adds: the norm by Gram
+    matrices takes about ``t^2 (out + in) * 5/8``, and the weighted sum ``t out in`` later; the
+    per-sample gradient takes ``t out in`` at once, serves both, and costs memory: ``out in`` numbers
+    kept, where the factors have ``t (out + in)``. It is chosen where it is cheaper and not larger.
+
+    Args:
+        grads: gradients of the output, (n, t, out).
+        inputs: the layer's input, (n, t, in).
+    """
+    length, out, into = grads.shape[1], grads.shape[2], inputs.shape[2]
+    if length > 1 and out * into <= length * (out + into):
+        return Direct(torch.matmul(grads.transpose(1, 2), inputs))
+    return Projection(grads, inputs)
+
+
+def _gram_product(a: Projection, rows: slice, b: Projection, columns: slice) -> torch.Tensor:
+    """``sum_ts <l_t, l_s> <r_t, r_s>`` for t in ``rows`` of a and s in ``columns`` of b, (n,)."""
+    left = torch.matmul(a.grads[:, rows], b.grads[:, columns].transpose(1, 2))
+    right = torch.matmul(a.inputs[:, rows], b.inputs[:, columns].transpose(1, 2))
+    return torch.linalg.vecdot(left.flatten(1), right.flatten(1))
