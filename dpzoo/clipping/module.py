@@ -143,7 +143,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     def per_sample_gradient_norms(self) -> torch.Tensor:
         """Norms of the rows of the last backward pass, (rows,). They are NOT private: for debugging."""
         if self._norms is None:
-            raise AttributeError(
+            # Not an AttributeError: torch would put words of its own in the place of these.
+            raise InputError(
                 "per_sample_gradient_norms is not set. Call backward() on the criterion's loss first."
             )
         return self._norms
