@@ -8,6 +8,7 @@ per-sample gradient under Opacus, position embeddings and tied heads included. I
 checkpoint.
 """
 
+from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.conversion import convert, to_transformers
 from dpzoo.data import prime_empty_batches
@@ -61,6 +62,8 @@ from dpzoo.registry import list_models
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditFailedError",
+    "AuditReport",
     "BertForMaskedLM",
     "BertForMultipleChoice",
     "BertForNextSentencePrediction",
@@ -78,6 +81,7 @@ __all__ = [
     "DistilBertForTokenClassification",
     "DistilBertModel",
     "DpzooError",
+    "Finding",
     "GPT2DoubleHeadsModel",
     "GPT2ForQuestionAnswering",
     "GPT2ForSequenceClassification",
@@ -96,6 +100,8 @@ __all__ = [
     "RobertaModel",
     "UnsupportedConfigError",
     "UnsupportedModelError",
+    "audit",
+    "audit_loop",
     "convert",
     "from_config",
     "from_pretrained",

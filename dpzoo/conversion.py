@@ -99,7 +99,7 @@ def _convert(
             f"quantization_config."
         )
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1:
+    if len(devices) > 1 or "disk" in devices:
         raise UnsupportedModelError(
             f"dpzoo.convert got a {name} spread over {sorted(map(str, devices))}. Load it on one "
             f"device (without device_map) and move the dpzoo model."

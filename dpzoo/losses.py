@@ -74,7 +74,11 @@ def causal_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     if labels.shape != logits.shape[:-1]:
         return token_losses(logits, labels)  # raises, naming the shapes as the caller knows them
-    return token_losses(logits[..., :-1, :], labels[..., 1:])
+    # The labels move, not the logits: a slice of those is copied in the loss and again in its gradient,
+    # and nothing in a step is larger.
+    following = labels.roll(-1, dims=-1)
+    following[..., -1:] = IGNORE_INDEX
+    return token_losses(logits, following)
 
 
 def span_losses(

@@ -17,6 +17,7 @@ from dpzoo.grad_samplers.lm_head import (
     take_deferred,
     uses_inner_product,
 )
+from dpzoo.grad_samplers.wide import wide, without_autocast
 from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
 
 
@@ -27,14 +28,14 @@ def _rows(
     batch = ids.shape[0]
     length = ids[0].numel() if batch else 0
     ids = ids.reshape(batch, length)
-    wide = torch.promote_types(backprops.dtype, torch.float32)
-    values = backprops.reshape(batch, length, layer.embedding_dim).to(wide)
+    values = wide(backprops.reshape(batch, length, layer.embedding_dim))
     if layer.padding_idx is not None:
         values = values.masked_fill((ids == layer.padding_idx).unsqueeze(-1), 0)
     return ids, values
 
 
 @register_grad_sampler([TokenEmbedding, PositionEmbedding])
+@without_autocast
 def embedding_grad_sample(
     layer: nn.Embedding, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.Tensor, torch.Tensor]:
@@ -59,6 +60,7 @@ def embedding_grad_sample(
 
 
 @register_norm_sampler([TokenEmbedding, PositionEmbedding])
+@without_autocast
 def embedding_norm_sample(
     layer: nn.Embedding, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.Tensor, torch.Tensor]:

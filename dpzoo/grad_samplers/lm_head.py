@@ -19,6 +19,7 @@ from opacus.grad_sample import register_grad_sampler
 from torch import nn
 
 from dpzoo.errors import UnsupportedModelError
+from dpzoo.grad_samplers.wide import wide, without_autocast
 from dpzoo.layers.lm_head import LMHead
 
 Use = tuple[torch.Tensor, torch.Tensor]
@@ -65,6 +66,7 @@ def _deferred_to(layer: LMHead) -> torch.Tensor | nn.Module | None:
 
 
 @register_grad_sampler(LMHead)
+@without_autocast
 def lm_head_grad_sample(
     layer: LMHead, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.Tensor, torch.Tensor]:
@@ -87,8 +89,8 @@ def lm_head_grad_sample(
         Together with `dpzoo.grad_samplers.embeddings`, every use of the weight in the forward pass
         is counted once in the row's gradient and in its norm.
     """
-    wide = torch.promote_types(backprops.dtype, torch.float32)
-    use = (activations[0].to(wide), backprops.to(wide))
+    # Under autocast the layer rounded its input to the dtype of its output; so does its gradient.
+    use = (wide(activations[0].to(backprops.dtype)), wide(backprops))
     samples: dict[torch.Tensor, torch.Tensor] = {}
     if layer.bias is not None and layer.bias.requires_grad:
         samples[layer.bias] = use[1].sum(1)

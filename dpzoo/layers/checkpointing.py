@@ -6,43 +6,41 @@ Non-reentrant checkpointing, transformers' default, builds the graph at once and
 hooks that have fired already: gradients go missing, or an error speaks of tied parameters.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpzoo.errors import UnsupportedConfigError
 
 
-def guarded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """A checkpointing function that refuses what would lose per-sample gradients.
+class CheckpointedLayer(GradientCheckpointingLayer):
+    """A layer that may be checkpointed, unless that would lose per-sample gradients.
 
-    Args:
-        checkpoint: as transformers sets it on layers: a partial of `torch.utils.checkpoint.checkpoint`,
-            called with a partial of the layer's forward and its tensors.
-
-    Returns:
-        The same function, which raises `UnsupportedConfigError` for a layer under Opacus that would
-        be checkpointed without ``use_reentrant=True``, or under ExpandedWeights at all.
+    Raises:
+        UnsupportedConfigError: when called under Opacus while it is to be checkpointed without
+            ``use_reentrant=True``, or under ExpandedWeights at all.
     """
-    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant") is True
 
-    def run(forward: partial[Any], *args: Any) -> Any:
-        layer = forward.args[0]
-        for parameter in layer.parameters():
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and self.training:
+            self._refuse_lossy_checkpointing()
+        return super().__call__(*args, **kwargs)
+
+    def _refuse_lossy_checkpointing(self) -> None:
+        name = type(self).__name__
+        # As transformers sets it: a partial of torch.utils.checkpoint.checkpoint.
+        options = getattr(self._gradient_checkpointing_func, "keywords", {})
+        for parameter in self.parameters():
             if not isinstance(parameter, nn.Parameter):
                 raise UnsupportedConfigError(
-                    f"{type(layer).__name__} is checkpointed, and Opacus' grad_sample_mode='ew' cannot "
-                    f"see into the recomputation. Use mode 'hooks', 'functorch' or 'ghost', or call "
+                    f"{name} is checkpointed, and Opacus' grad_sample_mode='ew' cannot see into the "
+                    f"recomputation. Use mode 'hooks', 'functorch' or 'ghost', or call "
                     f"model.gradient_checkpointing_disable()."
                 )
-            if not reentrant and hasattr(parameter, "_forward_counter"):
+            if hasattr(parameter, "_forward_counter") and options.get("use_reentrant") is not True:
                 raise UnsupportedConfigError(
-                    f"{type(layer).__name__} is checkpointed with use_reentrant=False, which loses "
-                    f"per-sample gradients under Opacus. Wanted use_reentrant=True, dpzoo's default: "
-                    f"call model.gradient_checkpointing_enable() without gradient_checkpointing_kwargs."
+                    f"{name} is checkpointed with use_reentrant=False, which loses per-sample "
+                    f"gradients under Opacus. Wanted use_reentrant=True, dpzoo's default: call "
+                    f"model.gradient_checkpointing_enable() without gradient_checkpointing_kwargs."
                 )
-        return checkpoint(forward, *args)
-
-    return run

@@ -63,7 +63,8 @@ def rows_of_ids(
     Args:
         ids: one id per token, with last dimension seq or num_choices * seq: (seq,), (1, seq),
             (num_choices, seq), (batch, seq), (batch, num_choices, seq), (batch * num_choices, seq),
-            (batch, num_choices * seq), or these with dimensions of size 1.
+            (batch, num_choices * seq), or these with dimensions of size 1. A last dimension of size 1
+            is one id for all tokens of a sequence.
         batch: rows of the batch, the privacy unit.
         num_choices: sequences that one row holds (1 everywhere but in multiple choice).
         seq: length of one sequence.
@@ -75,6 +76,8 @@ def rows_of_ids(
     Raises:
         InputError: the shape is none of the above.
     """
+    if ids.ndim and ids.shape[-1] == 1:
+        ids = ids.expand(*ids.shape[:-1], seq).contiguous()
     length, count = num_choices * seq, ids.numel()
     if ids.ndim and ids.shape[-1] in (seq, length):
         if count == batch * length:

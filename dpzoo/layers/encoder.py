@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpzoo.errors import UnsupportedConfigError
 from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
 
 
@@ -143,7 +143,7 @@ class Intermediate(nn.Module):
         return self.activation(self.dense(hidden))
 
 
-class EncoderLayer(GradientCheckpointingLayer):
+class EncoderLayer(CheckpointedLayer):
     """One layer: attention, then feed-forward, each added to its input and normalised."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from dpzoo.layers.precision import WideLinear
+
 
 class LMHead(nn.Linear):
     """A vocabulary projection tied to a `TokenEmbedding`: (batch, seq, hidden) -> (batch, seq, vocab).
@@ -26,7 +28,7 @@ def retype_lm_head(head: nn.Module, embedding: nn.Module) -> None:
         head: an `LMHead` or `torch.nn.Linear`; anything else is left alone.
         embedding: the token embedding that the head may share its weight with.
     """
-    if type(head) in (nn.Linear, LMHead):
+    if type(head) in (nn.Linear, LMHead, WideLinear):
         tied = head.weight is getattr(embedding, "weight", None)
         head.__class__ = LMHead if tied else nn.Linear
         # Past nn.Module.__setattr__, which would make the embedding a part of the head.
@@ -93,7 +95,10 @@ class TiedBias(nn.Module):
             )
         elif local_metadata.get("assign_to_params_buffers", False):
             if self.spare_bias is not None:
-                self.spare_bias = value
+                self.spare_bias = value.detach()
+            else:
+                trainable = self.decoder.bias.requires_grad
+                self.decoder.bias = nn.Parameter(value.detach(), requires_grad=trainable)
         else:
             with torch.no_grad():
                 self.bias.copy_(value)

@@ -11,16 +11,16 @@ from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
 from dpzoo.errors import InputError, UnsupportedConfigError
-from dpzoo.layers.checkpointing import guarded
 from dpzoo.layers.embeddings import retype_embedding
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
+from dpzoo.layers.precision import keep_wide, refuse_loss_scale
+from dpzoo.losses import with_loss_per_sample
 
 REFUSED_FIELDS: Mapping[str, tuple[Any, str]] = {
     "add_cross_attention": (False, "cross-attention is not part of the zoo"),
@@ -130,6 +130,7 @@ class PerSampleModel(PreTrainedModel):
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token table; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
         super().set_input_embeddings(retype_embedding(value))
+        self.retype_parts()  # the head may share its weight with another table now, or with none
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -165,15 +166,6 @@ class PerSampleModel(PreTrainedModel):
         """The first layer's input; it must need gradients for a reentrant checkpoint to have any."""
         needs = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return hidden.detach().requires_grad_() if needs and not hidden.requires_grad else hidden
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Any = checkpoint,
-        **kwargs: Any,
-    ) -> None:
-        function = guarded(gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     # --- checkpoints are stock ------------------------------------------------------------------
     # Writing needs nothing here: state_dict() has stock names and layouts, so transformers' own
@@ -228,6 +220,26 @@ class PerSampleModel(PreTrainedModel):
                 config, rows, attention_mask, past_key_values, position_ids=position_ids
             )
         return create_bidirectional_mask(config, rows, attention_mask)
+
+    def _finish(self, output: Any, losses: torch.Tensor | None) -> Any:
+        """Attach the rows' losses, (batch,) or None, to an output; under Opacus, see `_keep_wide`.
+
+        A GradScaler is then refused in the backward pass, where the loss is one of these.
+        """
+        self._keep_wide()
+        if self._learns():
+            for values in (losses, getattr(output, "mc_loss_per_sample", None)):
+                refuse_loss_scale(values, self)
+        return with_loss_per_sample(output, losses)
+
+    def _keep_wide(self) -> None:
+        """Have per-sample norms computed in float32 under Opacus, whatever this pass runs in."""
+        if self._learns():
+            keep_wide(self)
+
+    def _learns(self) -> bool:
+        """Whether a backward pass may follow that Opacus' hooks see."""
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _recorder(
         self,
@@ -355,8 +367,14 @@ def one_input(
     return input_ids if input_ids is not None else inputs_embeds  # type: ignore[return-value]
 
 
-def refuse_too_long(name: str, seq: int, past: int, limit: int) -> None:
-    """Raise `InputError` when a sequence has more positions than the table."""
+def refuse_too_long(name: str, seq: int, past: int | torch.Tensor, limit: int) -> None:
+    """Raise `InputError` when a sequence has more positions than the table.
+
+    A static cache keeps its length in a tensor. Reading it would stop compilation and export, so there
+    only the new tokens are checked.
+    """
+    if isinstance(past, torch.Tensor):
+        past = 0
     if seq + past > limit:
         raise InputError(
             f"{name} got a sequence of {seq + past} tokens, wanted at most {limit}, the positions of "

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
 from dpzoo.layers.encoder import EncoderLayer, activation
-from dpzoo.losses import batch_mean, token_losses, with_loss_per_sample
+from dpzoo.losses import batch_mean, token_losses
 from dpzoo.models import heads
 from dpzoo.models.base import (
     TWO_LABELS,
@@ -60,7 +60,7 @@ class BertModel(BertPreTrainedModel, EncoderBody):
     def _default_positions(
         self, input_ids: torch.Tensor | None, seq: int, past: int, device: torch.device
     ) -> torch.Tensor:
-        return torch.arange(past, past + seq, device=device).unsqueeze(0)
+        return (torch.arange(seq, device=device) + past).unsqueeze(0)
 
 
 class BertLMHeadTransform(nn.Module):
@@ -162,7 +162,7 @@ class BertForPreTraining(_BertLM):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
-        return with_loss_per_sample(output, losses)
+        return self._finish(output, losses)
 
 
 class BertLMHeadModel(_BertLM, GenerationMixin):
@@ -284,7 +284,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
-        return with_loss_per_sample(output, losses)
+        return self._finish(output, losses)
 
 
 class BertForSequenceClassification(BertPreTrainedModel):

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DistilBertConfig
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -26,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
 from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import (
     PositionEmbedding,
     TokenEmbedding,
@@ -122,7 +122,7 @@ class FFN(nn.Module):
         return self.dropout(self.lin2(self.activation(self.lin1(hidden))))
 
 
-class TransformerBlock(GradientCheckpointingLayer):
+class TransformerBlock(CheckpointedLayer):
     """One layer: attention, then feed-forward, each added to its input and normalised."""
 
     def __init__(self, config: DistilBertConfig) -> None:
@@ -267,6 +267,7 @@ class DistilBertModel(DistilBertPreTrainedModel):
         mask = self._attention_mask(
             hidden, attention_mask, causal=False, eager=eager, num_choices=num_choices
         )
+        self._keep_wide()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         for block in self.transformer.layer:

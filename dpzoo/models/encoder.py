@@ -123,9 +123,8 @@ class EncoderBody(PerSampleModel):
         else:
             use_cache = False
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-
         if position_ids is None:
-            refuse_too_long(name, seq, int(past), self._max_length())
+            refuse_too_long(name, seq, past, self._max_length())
             flat = None if input_ids is None else input_ids.reshape(batch * num_choices, seq)
             position_ids = self._default_positions(flat, seq, past, given.device)
         if token_type_ids is None:
@@ -147,6 +146,7 @@ class EncoderBody(PerSampleModel):
             num_choices=num_choices,
             past_key_values=past_key_values,
         )
+        self._keep_wide()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         layers = self.encoder(

@@ -15,7 +15,6 @@ from transformers import GenerationMixin, GPT2Config
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -29,6 +28,7 @@ from typing_extensions import Unpack
 
 from dpzoo.errors import InputError, UnsupportedConfigError
 from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import (
     PositionEmbedding,
     TokenEmbedding,
@@ -43,7 +43,6 @@ from dpzoo.losses import (
     causal_losses,
     sequence_losses,
     token_losses,
-    with_loss_per_sample,
 )
 from dpzoo.models import heads
 from dpzoo.models.base import (
@@ -122,7 +121,7 @@ class GPT2MLP(TransposedProjections):
         return self.dropout(self.c_proj(self.act(self.c_fc(hidden))))
 
 
-class GPT2Block(GradientCheckpointingLayer):
+class GPT2Block(CheckpointedLayer):
     """One layer: attention, then feed-forward, each over a normalised copy of the stream."""
 
     def __init__(self, config: GPT2Config, layer_idx: int) -> None:
@@ -249,11 +248,11 @@ class GPT2Model(GPT2PreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
         if position_ids is None:
             refuse_too_long(name, seq, past, self.config.max_position_embeddings)
-            position_ids = torch.arange(past, past + seq, device=given.device).unsqueeze(0)
+            position_ids = (torch.arange(seq, device=given.device) + past).unsqueeze(0)
         sizes = {"batch": batch, "num_choices": num_choices, "seq": seq}
         position_ids = rows_of_ids(position_ids, name="position_ids", **sizes)
         if token_type_ids is not None:
@@ -272,6 +271,7 @@ class GPT2Model(GPT2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids.reshape(batch * num_choices, seq),
         )
+        self._keep_wide()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         for block in self.h:
@@ -478,7 +478,7 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
             attentions=body.attentions,
         )
         object.__setattr__(output, "mc_loss_per_sample", mc_losses)
-        return with_loss_per_sample(output, losses)
+        return self._finish(output, losses)
 
 
 class GPT2ForSequenceClassification(GPT2PreTrainedModel):
@@ -534,7 +534,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
-        return with_loss_per_sample(output, losses)
+        return self._finish(output, losses)
 
     def _last_token(
         self, input_ids: torch.Tensor | None, batch: int, seq: int

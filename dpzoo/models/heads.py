@@ -25,7 +25,6 @@ from dpzoo.losses import (
     sequence_losses,
     span_losses,
     token_losses,
-    with_loss_per_sample,
 )
 
 Projection = Callable[..., torch.Tensor]
@@ -44,7 +43,7 @@ def classify_tokens(
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )
-    return with_loss_per_sample(output, losses)
+    return model._finish(output, losses)
 
 
 def predict_masked(
@@ -60,7 +59,7 @@ def predict_masked(
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )
-    return with_loss_per_sample(output, losses)
+    return model._finish(output, losses)
 
 
 def predict_next(
@@ -90,7 +89,7 @@ def predict_next(
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )
-    return with_loss_per_sample(output, losses)
+    return model._finish(output, losses)
 
 
 def classify_sequence(
@@ -106,7 +105,7 @@ def classify_sequence(
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )
-    return with_loss_per_sample(output, losses)
+    return model._finish(output, losses)
 
 
 def choose(
@@ -142,7 +141,7 @@ def choose(
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )
-    return with_loss_per_sample(output, losses)
+    return model._finish(output, losses)
 
 
 def answer(
@@ -167,4 +166,4 @@ def answer(
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )
-    return with_loss_per_sample(output, losses)
+    return model._finish(output, losses)

@@ -1,0 +1,69 @@
+# Everything here runs in a virtual environment of its own, made at the first call: Python 3.10 or newer
+# and make are all a machine needs. `make help` lists the targets.
+#
+#   make test PYTHON=python3.12      another interpreter
+#   make test VENV=/tmp/dpzoo-venv   another place for the environment
+#   make test WORKERS=0              tests in one process (for a debugger)
+#
+# Which build of torch is installed (CPU or an accelerator's) is pip's choice. On Linux the default is
+# usually the CUDA build, several GB; to take another, set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL in the
+# environment to the index that PyTorch's installation page names for your machine, and call make.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= logical
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.dpzoo-installed
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# At most four workers: each imports torch and transformers, half a GB. Each has one thread (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-all lint format build clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP)  ## make the environment, with the tested versions (the other targets do it when needed)
+
+# The stamp is the last thing written: an installation that broke off is begun again, and one that is
+# older than the two files that describe it is brought up to date.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c '' || { echo "error: cannot run '$(PYTHON)'; name a Python 3.10 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: dpzoo needs Python 3.10 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: '$(PYTHON)' has no venv module; install it (on Debian and Ubuntu: apt install python3-venv) or name another: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools torch
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## fine-tune a real BERT on real text with differential privacy (a few minutes)
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)  ## run the tests
+	$(PYTEST)
+
+test-slow: $(STAMP)  ## run the exhaustive sweeps only
+	@# 5: nothing was selected, which is no failure
+	$(PYTEST) -m slow || [ $$? -eq 5 ]
+
+test-all: $(STAMP)  ## run the tests and the exhaustive sweeps
+	$(PYTEST) -m 'slow or not slow'
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## mend what the linter can mend, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(STAMP)  ## build the source archive and the wheel into dist/
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## remove what the other targets made, the environment included
+	rm -rf $(VENV) build dist dpzoo.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,199 @@
+"""A batch as something with rows: cut, repeated, changed and given to a model.
+
+A batch is a mapping of keyword arguments or a tuple of positional ones. Its tensors with at least
+one dimension have the rows first; everything else (flags, scalars, a tensor of another length) is
+handed on as it is.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dpzoo.errors import InputError
+
+IGNORE_INDEX = -100
+MOST_ROWS = 5
+"""Rows beyond these are left out: each costs a gradient of the size of the model, several times."""
+
+
+class Batch:
+    """A batch and its rows.
+
+    Args:
+        value: a mapping, a tuple or list, or one tensor.
+
+    Raises:
+        InputError: no tensor that has rows.
+    """
+
+    def __init__(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            value = (value,)
+        self.value: dict[str, Any] | tuple[Any, ...]
+        if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "items")):
+            self.value = dict(value.items())
+        elif isinstance(value, (tuple, list)):
+            self.value = tuple(value)
+        else:
+            raise InputError(
+                f"audit got a batch of type {type(value).__name__}, wanted a dict of keyword arguments "
+                f"or a tuple of positional ones, of tensors whose first dimension is the rows."
+            )
+        with_rows = [v for _, v in self.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
+        if not with_rows:
+            raise InputError(
+                "audit got a batch without tensors, wanted at least one of shape (rows, ...)."
+            )
+        # The commonest length: a (1, seq) tensor that all rows share may stand first.
+        lengths = [len(tensor) for tensor in with_rows]
+        self.rows = max(dict.fromkeys(lengths), key=lengths.count)
+
+    def items(self) -> list[tuple[str, Any]]:
+        """(name, value) pairs; positional values are named by their index."""
+        if isinstance(self.value, dict):
+            return list(self.value.items())
+        return [(str(i), value) for i, value in enumerate(self.value)]
+
+    def has_rows(self, value: Any) -> bool:
+        """Whether a value of the batch is a tensor with one entry for each row."""
+        return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == self.rows
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that have rows, by name."""
+        return {name: value for name, value in self.items() if self.has_rows(value)}
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """The tensors that do not: one for all rows, by name."""
+        return {
+            name: value
+            for name, value in self.items()
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) != self.rows
+        }
+
+    def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Batch":
+        """A batch with every tensor that has rows replaced."""
+        new = {name: change(name, v) if self.has_rows(v) else v for name, v in self.items()}
+        made = Batch.__new__(Batch)
+        made.value = new if isinstance(self.value, dict) else tuple(new.values())
+        changed = [new[name] for name in self.tensors()]
+        made.rows = len(changed[0])
+        return made
+
+    def take(self, indices: Iterable[int]) -> "Batch":
+        """The rows of the given indices, in that order."""
+        wanted = torch.tensor(list(indices), dtype=torch.long)
+        return self.map(lambda _, tensor: tensor[wanted.to(tensor.device)])
+
+    def without(self, row: int) -> "Batch":
+        """All rows but one."""
+        return self.take(i for i in range(self.rows) if i != row)
+
+    def to(self, dtype: torch.dtype) -> "Batch":
+        """Floating point tensors, shared ones too, in another dtype."""
+        new = {
+            name: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for name, v in self.items()
+        }
+        made = self.map(lambda _, tensor: tensor)
+        made.value = new if isinstance(self.value, dict) else tuple(new.values())
+        return made
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """The model's outputs."""
+        return model(**self.value) if isinstance(self.value, dict) else model(*self.value)
+
+    # --- what the checks change in a row ------------------------------------------------------------
+
+    def token_labels(self) -> dict[str, torch.Tensor]:
+        """Integer labels, several a row, some of which may be ignored; by name."""
+        return {
+            name: tensor
+            for name, tensor in self.tensors().items()
+            if "label" in name and tensor.dim() > 1 and not tensor.is_floating_point()
+        }
+
+    def floats(self) -> dict[str, torch.Tensor]:
+        """Floating point tensors that have rows, by name."""
+        return {name: t for name, t in self.tensors().items() if t.is_floating_point()}
+
+    def ignoring(self, rows: Sequence[int], keep: int = 0) -> "Batch":
+        """With all but the last ``keep`` token labels of some rows ignored."""
+
+        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name not in self.token_labels():
+                return tensor
+            tensor = tensor.clone()
+            for row in rows:
+                flat = tensor[row].reshape(-1)
+                labelled = (flat != IGNORE_INDEX).nonzero().flatten()
+                flat[labelled[: len(labelled) - keep]] = IGNORE_INDEX
+                tensor[row] = flat.reshape(tensor[row].shape)
+            return tensor
+
+        return self.map(change)
+
+    def scaled(self, rows: Sequence[int], factor: float) -> "Batch":
+        """With the floating point values of some rows multiplied."""
+
+        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            tensor = tensor.clone()
+            tensor[list(rows)] *= factor
+            return tensor
+
+        return self.map(change)
+
+    def padded(self, pad_id: int, more: int = 3) -> "Batch | None":
+        """With every sequence padded further on the right; None without an ``attention_mask``."""
+        tensors = self.tensors()
+        mask = tensors.get("attention_mask")
+        if mask is None or mask.dim() < 2 or "input_ids" not in tensors:
+            return None
+        shape = mask.shape
+
+        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.shape != shape:
+                return tensor
+            fill = pad_id if name == "input_ids" else IGNORE_INDEX if "label" in name else 0
+            return torch.cat([tensor, tensor.new_full((*shape[:-1], more), fill)], dim=-1)
+
+        return self.map(change)
+
+
+def prepared(batch: Batch, sizes: Iterable[int]) -> tuple[Batch, list[str]]:
+    """A batch of 3 to `MOST_ROWS` rows whose number is unlike every other dimension, and remarks.
+
+    With as many rows as tokens, a gradient taken along the wrong axis has the right shape, and its
+    sum is right too.
+
+    Args:
+        batch: the user's.
+        sizes: dimensions of the model's parameters, avoided where possible.
+    """
+    inner = {size for t in batch.tensors().values() for size in t.shape[1:]}
+    inner |= {size for tensor in batch.shared().values() for size in tensor.shape}
+    if batch.rows == 0:
+        raise InputError("audit got an empty batch, wanted at least one row.")
+    most = max(3, min(batch.rows, MOST_ROWS))
+    preferred = [*range(most, 2, -1), *range(most + 1, most + 4)]
+    rows = next((n for n in preferred if n not in inner | set(sizes)), None)
+    if rows is None or rows > MOST_ROWS:
+        rows = next((n for n in preferred if n not in inner), most)
+    if rows == batch.rows:
+        return batch, []
+    why = (
+        f"no more than {MOST_ROWS} are needed"
+        if batch.rows > MOST_ROWS and rows == MOST_ROWS
+        else "at least 3 are needed"
+        if batch.rows < 3 and rows == 3
+        else f"so that their number is unlike every other dimension ({_list(inner | set(sizes))})"
+    )
+    remark = f"the batch has {batch.rows} rows; the checks run on {rows}, {why}"
+    return batch.take(i % batch.rows for i in range(rows)), [remark]
+
+
+def _list(sizes: Iterable[int]) -> str:
+    small = sorted(size for size in sizes if size <= 2 * MOST_ROWS)
+    return ", ".join(map(str, small)) if small else "none small"

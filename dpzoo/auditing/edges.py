@@ -1,0 +1,144 @@
+"""Edges: the batches that Poisson sampling and real data bring sooner or later."""
+
+import torch
+
+from dpzoo.auditing.batches import Batch
+from dpzoo.auditing.numerics import largest
+from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.record import Record
+from dpzoo.auditing.subject import Subject
+
+
+def edges(subject: Subject, record: Record) -> None:
+    """Batches of 0 and 1 rows, rows without labels, rows of zeros, and a row that is not finite.
+
+    Catches: models that crash on the empty batches of Poisson sampling (skipping them breaks the
+    accounting, and a crash tells that nobody was drawn), token means of no token (NaN), gradients
+    that are NaN for an innocent row.
+    """
+    for mode in subject.modes:
+        with subject.usable(mode, record.skipped) as usable:
+            if not usable:
+                continue
+        if mode == "ew":
+            record.skip("ew: torch's ExpandedWeights refuse empty batches")
+            continue
+        record.ran()
+        _sizes(subject, record, mode)
+    _innocent_rows(subject, record)
+
+
+def _sizes(subject: Subject, record: Record, mode: str) -> None:
+    """Batches of 0 and 1."""
+    empty, one = subject.batch.take([]), subject.batch.take([0])
+    opacus = subject.opacus(mode)
+    per_row = mode != "ghost" or subject.per_row_loss
+    for title, batch in (("an empty batch", empty), ("a batch of one row", one)):
+        try:
+            if per_row:
+                got = opacus.clipped_sum([batch], subject.max_grad_norm)
+            else:
+                run = opacus.run(batch)
+                if run.error:
+                    raise RuntimeError(run.error)
+                got = run.norms
+        except Exception as error:
+            record.find(
+                "crash",
+                f"{mode} mode raises on {title}: {first_line(error)}",
+                "Poisson sampling draws such batches; the step must run and add noise. For an empty "
+                "batch: no reshape(-1) over no elements, no mean over no rows (sum / max(rows, 1)). "
+                "Where a library's layer raises (Opacus' norm sampler of nn.Embedding does), "
+                "make_private(rand_on_empty=True) puts a random row in its place",
+                mode=mode,
+                expected="a step",
+                got="an exception",
+            )
+            continue
+        size = largest(got)
+        if batch.rows == 0 and not size == 0:
+            record.find(
+                "privacy",
+                f"{mode} mode's sum over an empty batch is not zero",
+                "reduce with sum / max(rows, 1): a mean over no rows is NaN",
+                mode=mode,
+                expected="0",
+                got=f"{size:.3g}",
+            )
+        elif not size < float("inf"):
+            record.find("privacy", f"{mode} mode's step on {title} is not finite", mode=mode)
+
+
+def _innocent_rows(subject: Subject, record: Record) -> None:
+    """Rows that data may well hold have finite gradients; those that do not, poison the sum."""
+    trials: list[tuple[str, Batch, str]] = []
+    if subject.batch.token_labels():
+        trials.append(
+            (
+                "all its labels are ignored",
+                subject.batch.ignoring([0]),
+                "a row's loss is the sum over its labelled tokens / max(their number, 1)",
+            )
+        )
+    if subject.batch.floats():
+        trials.append(
+            (
+                "its values are 0",
+                subject.batch.scaled([0], 0.0),
+                "add an eps under roots, norms and logarithms",
+            )
+        )
+    for title, batch, remedy in trials:
+        row = batch.take([0])
+        try:
+            gradient = subject.total_gradient(row)
+        except Exception as error:
+            record.find("crash", f"a row raises if {title}: {first_line(error)}", remedy)
+            continue
+        record.ran()
+        bad = [name for name, g in gradient.items() if not bool(g.isfinite().all())]
+        if bad:
+            record.find(
+                "privacy",
+                f"a row's gradient is not finite if {title}: its clip factor is NaN, all weights turn "
+                f"NaN, and that tells that the row was there",
+                remedy,
+                parameters=bad,
+                modules=subject.owners(bad),
+                expected="a finite gradient",
+                got="NaN or Inf",
+            )
+    _poisoned(subject, record)
+
+
+def _poisoned(subject: Subject, record: Record) -> None:
+    """What a step makes of a row whose gradient is NaN; Opacus' does not leave it out."""
+    spread = []
+    for mode in subject.modes:
+        if mode == "ew" or subject.broken(mode) or not subject.per_row_loss:
+            continue
+        weights = torch.ones(subject.rows, dtype=subject.dtype)
+        weights[0] = float("nan")
+        run = subject.opacus(mode).run(subject.batch, weights)
+        subject.opacus(mode).discard()
+        values = run.norms if mode == "ghost" else run.rows
+        if run.error or not values:
+            continue
+        record.ran()
+        healthy = [bool(v[1:].isfinite().all()) for v in values.values()]
+        if not all(healthy):
+            names = [n for n, ok in zip(values, healthy, strict=True) if not ok]
+            record.find(
+                "privacy",
+                "a NaN in one row's loss makes other rows' gradients NaN",
+                "rows meet somewhere; see isolation",
+                parameters=names,
+                mode=mode,
+            )
+        spread.append(mode)
+    if spread:
+        record.find(
+            "note",
+            "Opacus adds a row whose gradient is NaN or Inf to the sum, and all weights become NaN",
+            "leave such rows out before the step (their clip factor is 0), and count them",
+        )

@@ -1,0 +1,174 @@
+"""Watching a loop's own body while it runs."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpzoo.auditing.record import Record
+
+BATCHES = 2
+
+
+def observe(
+    module: nn.Module, loop: Any, step: Callable[[Any], Any], scheduler: Any, record: Record
+) -> None:
+    """Run a loop's body on two batches and report what it does to the gradients.
+
+    Args:
+        module: the model beneath the wrapper.
+        loop: the loop's objects.
+        step: its body.
+        scheduler: its scheduler, or None.
+        record: where to write.
+    """
+    optimizer = loop.optimizer
+    parameters = list(optimizer.params)
+    seen = _Seen()
+    kept = [p.detach().clone() for p in parameters]
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    state = copy.deepcopy(optimizer.state_dict())
+    accountant = getattr(loop.accountant, "history", None)
+    history = copy.deepcopy(accountant)
+    schedule = copy.deepcopy(scheduler.state_dict()) if scheduler is not None else None
+    pre_step, handles = optimizer.pre_step, []
+    hooked = "pre_step" in vars(optimizer)
+
+    def left_by_backward(p: nn.Parameter) -> None:
+        seen.after_backward[id(p)] = None if p.grad is None else p.grad.detach().clone()
+
+    def counted(*_: Any) -> None:
+        seen.forwards += torch.is_grad_enabled()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.steps += 1
+        seen.passes.append(seen.forwards)
+        seen.forwards = 0
+        if loop.mode == "ghost":
+            for p in parameters:
+                before = seen.after_backward.get(id(p))
+                if before is not None and p.grad is not None and not torch.equal(before, p.grad):
+                    seen.changed.append(loop.name_of(p))
+        _clip_rate(loop, seen)
+        return pre_step(*args, **kwargs)
+
+    for p in parameters:
+        handles.append(p.register_post_accumulate_grad_hook(left_by_backward))
+    handles.append(module.register_forward_pre_hook(counted))
+    optimizer.pre_step = watched
+    try:
+        for number, batch in enumerate(loop.loader):
+            if number == BATCHES:
+                break
+            step(batch)
+        moved = [not torch.equal(p, old) for p, old in zip(parameters, kept, strict=True)]
+        skipped = len(getattr(optimizer, "_step_skip_queue", []))
+        epochs = scheduler.last_epoch - schedule["last_epoch"] if schedule is not None else None
+    finally:
+        if hooked:
+            optimizer.pre_step = pre_step
+        else:
+            del optimizer.pre_step
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for p, old in zip(parameters, kept, strict=True):
+                p.copy_(old)
+            for buffer, old in buffers:
+                buffer.copy_(old)
+        optimizer.zero_grad()
+        for p in parameters:
+            p.grad = None
+            p.grad_sample = None
+            p.summed_grad = None
+        optimizer.load_state_dict(state)
+        if history is not None:
+            loop.accountant.history = history
+        if scheduler is not None:
+            scheduler.load_state_dict(schedule)
+    _judge(loop, seen, moved, skipped, epochs, record)
+
+
+class _Seen:
+    """What happened while the loop's body ran."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.forwards = 0
+        self.passes: list[int] = []
+        self.changed: list[str] = []
+        self.after_backward: dict[int, torch.Tensor | None] = {}
+        self.clipped = 0
+        self.rows = 0
+
+
+def _clip_rate(loop: Any, seen: _Seen) -> None:
+    """Count the rows that the coming step clips."""
+    if loop.mode == "ghost":
+        norms = getattr(loop.wrapper, "_per_sample_gradient_norms", None)
+    else:
+        samples = [p.grad_sample for p in loop.optimizer.params]
+        if not all(isinstance(g, torch.Tensor) for g in samples) or not len(samples[0]):
+            return
+        norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in samples]).norm(dim=0)
+    if norms is not None and isinstance(loop.optimizer.max_grad_norm, (int, float)):
+        seen.rows += len(norms)
+        seen.clipped += int((norms > loop.optimizer.max_grad_norm).sum())
+
+
+def _judge(
+    loop: Any, seen: _Seen, moved: list[bool], skipped: int, epochs: int | None, record: Record
+) -> None:
+    if seen.changed:
+        record.find(
+            "utility",
+            "the gradients change between the backward pass and the step (clip_grad_norm_, unscale_?): "
+            "in ghost mode they are sums of clipped gradients already, and noise comes on top",
+            "leave the call out: the private optimizer clips. For transformers' Trainer, max_grad_norm=0",
+            parameters=dict.fromkeys(seen.changed),
+            mode=loop.mode,
+        )
+    if seen.steps == 0:
+        record.find("utility", "the loop's body never steps the private optimizer", "call step()")
+    most = max([*seen.passes, 0])
+    if most > 1 or (seen.steps and seen.steps < BATCHES and not skipped):
+        record.find(
+            "privacy" if loop.mode == "ghost" else "note",
+            f"{max(most, 2)} forward passes for one step: "
+            + (
+                "ghost mode keeps the last one's gradient only"
+                if loop.mode == "ghost"
+                else "several draws in one step"
+            ),
+            "split logical batches with BatchMemoryManager, and step after each backward pass",
+            mode=loop.mode,
+            expected="one forward and backward pass for each step",
+            got=str(seen.passes),
+        )
+    if seen.rows and seen.clipped > 0.95 * seen.rows:
+        record.find(
+            "note",
+            "more than 95 % of rows are clipped: the direction of the sum is that of unit gradients "
+            "(meant, or a loss scale, a sum instead of a mean, or a small max_grad_norm?)",
+            "compare max_grad_norm with the rows' norms",
+            expected=f"norms around {loop.optimizer.max_grad_norm}",
+            got=f"{seen.clipped} of {seen.rows} rows clipped",
+        )
+    if epochs is not None and epochs > seen.steps:
+        record.find(
+            "utility",
+            "the scheduler steps more often than the optimizer: once for each physical batch?",
+            "call scheduler.step() once for each logical batch (not while steps are skipped)",
+            expected=f"{seen.steps} steps",
+            got=str(epochs),
+        )
+    if seen.steps and not any(moved):
+        record.find(
+            "utility",
+            "no weight moves in a step",
+            "check the learning rate, and that the optimizer holds the model's own parameters",
+            expected="a change",
+            got="none",
+        )

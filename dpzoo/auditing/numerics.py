@@ -1,0 +1,75 @@
+"""Comparing gradients, per row and per parameter."""
+
+from collections.abc import Mapping
+
+import torch
+
+Gradients = dict[str, torch.Tensor]
+"""Parameter name -> gradient; per-sample gradients have the rows first."""
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
+"""How far a gradient may be off, relative to its parameter's largest entry.
+
+float64 rounds at 1e-16, but many losses (transformers' among them) are computed in float32 whatever
+the model's dtype. The bugs that an audit is there for are larger by orders of magnitude.
+"""
+
+
+def largest(gradients: Mapping[str, torch.Tensor]) -> float:
+    """The largest absolute value of all."""
+    return max((top(g) for g in gradients.values()), default=0.0)
+
+
+def top(value: torch.Tensor) -> float:
+    """The largest absolute value; NaN if there is one. One pass, no copy."""
+    return float(torch.linalg.vector_norm(value, torch.inf)) if value.numel() else 0.0
+
+
+def disagreements(
+    got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], tolerance: float
+) -> dict[str, float]:
+    """Parameters whose gradients differ, worst first, with the error relative to the largest entry.
+
+    A parameter whose true gradient vanishes (an attention key's bias, say) is measured against a
+    tenth of the largest gradient of all: its rounding has that size.
+
+    Args:
+        got: the gradients to judge; compared under the names they have in common with ``wanted``.
+        wanted: the true ones.
+        tolerance: the largest relative error that counts as rounding.
+    """
+    floor = 0.1 * largest(wanted)
+    wrong = {}
+    for name, gradient in got.items():
+        if name not in wanted:
+            continue
+        truth = wanted[name]
+        if gradient.shape != truth.shape:
+            wrong[name] = float("inf")
+        elif truth.numel():
+            error = top(gradient - truth)
+            scale = max(top(truth), floor)
+            if not error <= tolerance * scale:  # NaN too
+                wrong[name] = error / scale if scale else float("inf")
+    return dict(sorted(wrong.items(), key=lambda item: -item[1] if item[1] == item[1] else -1e300))
+
+
+def row_norms(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The norm of each row's gradient over all parameters, (rows,)."""
+    squares = [g.reshape(len(g), -1).square().sum(1) for g in rows.values()]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def gram(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Inner products of the rows' gradients, (rows, rows)."""
+    return torch.stack([(f := g.reshape(len(g), -1)) @ f.T for g in rows.values()]).sum(0)
+
+
+def clip_factors(norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+    """Opacus' clip factors, min(1, C / (norm + 1e-6)), (rows,)."""
+    return (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+
+
+def clipped_sum(rows: Mapping[str, torch.Tensor], factors: torch.Tensor) -> Gradients:
+    """The sum over rows of each row's gradient times its factor."""
+    return {name: torch.einsum("i,i...->...", factors.to(g), g) for name, g in rows.items()}

@@ -1,0 +1,101 @@
+"""The report as text: laid out by rich where that is installed, plain otherwise."""
+
+import io
+import shutil
+import textwrap
+
+from dpzoo.auditing.report import AuditReport, CheckResult, Finding
+
+MOST_NAMES = 6
+"""How many parameters or modules a finding lists before it counts the rest."""
+
+
+def render(report: AuditReport) -> str:
+    """The report as text: a line for each check, then every finding with its remedy."""
+    try:
+        return _rich(report)
+    except ImportError:
+        return _plain(report)
+
+
+def _head(report: AuditReport) -> str:
+    verdict = "ok" if report.ok else "FAILED"
+    parts = [f"audit of {report.model}: {verdict}"]
+    if report.rows:
+        parts.append(f"{report.rows} rows")
+    if report.modes:
+        parts.append(f"modes {', '.join(report.modes)}")
+    parts += [report.dtype] if report.dtype else []
+    return ", ".join([*parts, f"{report.seconds:.1f} s"])
+
+
+def summary(result: CheckResult) -> str:
+    """What a check's line says beside its name and status."""
+    counts = [
+        f"{sum(f.severity == severity for f in result.findings)} {severity}"
+        for severity in dict.fromkeys(f.severity for f in result.findings)
+    ]
+    if result.skipped:
+        counts.append(f"{'partly ' if result.ran else ''}skipped: {result.skipped}")
+    return "; ".join(counts)
+
+
+def details(finding: Finding) -> list[str]:
+    """A finding as lines, the message first."""
+    lines = [str(finding)]
+    for title, names in (("parameters", finding.parameters), ("modules", finding.modules)):
+        if names:
+            rest = len(names) - MOST_NAMES
+            more = f" and {rest} more" if rest > 0 else ""
+            lines.append(
+                f"{title}: {', '.join(n or '(the model)' for n in names[:MOST_NAMES])}{more}"
+            )
+    if finding.expected is not None or finding.got is not None:
+        lines.append(f"expected {finding.expected}, got {finding.got}")
+    if finding.remedy:
+        lines.append(f"remedy: {finding.remedy}")
+    return lines
+
+
+def _plain(report: AuditReport) -> str:
+    lines = [_head(report), *(f"  ({remark})" for remark in report.remarks), ""]
+    width = max((len(result.name) for result in report.results), default=0)
+    for result in report.results:
+        lines.append(f"  {result.name:<{width}}  {result.status:<7}  {summary(result)}".rstrip())
+    for number, finding in enumerate(report.findings, 1):
+        first, *rest = details(finding)
+        lines += ["", *textwrap.wrap(f"{number}. {first}", 100, subsequent_indent="   ")]
+        for line in rest:
+            lines += textwrap.wrap(line, 100, initial_indent="   ", subsequent_indent="     ")
+    return "\n".join(lines)
+
+
+def _rich(report: AuditReport) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(Text(_head(report)))
+    for remark in report.remarks:
+        console.print(Text(f"({remark})"))
+    table = Table()
+    for title in ("check", "result", "seconds", "what"):
+        table.add_column(title, justify="right" if title == "seconds" else "left")
+    for result in report.results:
+        row = (result.name, result.status, f"{result.seconds:.1f}", summary(result))
+        table.add_row(*map(Text, row))
+    console.print(table)
+    if report.findings:
+        found = Table(show_lines=True)
+        for title in ("check", "severity", "finding"):
+            found.add_column(title)
+        for finding in report.findings:
+            _, *rest = details(finding)
+            mode = f"\n[{finding.mode}]" if finding.mode else ""
+            text = "\n".join([finding.message, *rest])
+            found.add_row(Text(finding.check + mode), Text(finding.severity), Text(text))
+        console.print(found)
+    text_: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text_.rstrip("\n")

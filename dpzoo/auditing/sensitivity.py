@@ -1,0 +1,153 @@
+"""Sensitivity: how far do the clipped sums of neighbouring batches lie apart?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dpzoo.auditing.batches import Batch
+from dpzoo.auditing.numerics import Gradients, clip_factors, gram, row_norms
+from dpzoo.auditing.record import Record
+from dpzoo.auditing.subject import Subject
+
+SLACK = 1e-3
+SWEEP = (0.01, 0.3, 1.0, 1.5, 3.0, 10.0)
+"""Clipping norms, in units of the largest row norm."""
+
+
+@dataclass
+class Side:
+    """A batch's rows as they enter a clipped sum.
+
+    Args:
+        rows: name -> (n, *shape); what a factor multiplies.
+        norms: (n,); what the factors are made from.
+    """
+
+    rows: Gradients
+    norms: torch.Tensor
+
+
+def sensitivity(subject: Subject, record: Record) -> None:
+    """Adding or removing a row changes the clipped sum by at most the clipping norm C.
+
+    Swept over C from far below to far above the rows' norms, for the batch as it is, with one row
+    scaled by 1e3, one long row among short ones, and one row whose labels are all ignored.
+
+    Catches: token-mean losses (hidden at small C), units that are not the row, norms that miss a
+    part of the gradient (ghost mode with a functional tie), balance losses.
+    """
+    modes = []
+    for mode in subject.modes:
+        with subject.usable(mode, record.skipped) as usable:
+            if not usable and not _countable(subject, mode):
+                continue
+        if mode == "ghost" and not subject.per_row_loss:
+            record.skip("ghost: the loss is a scalar, and ghost's second pass weights every row's")
+            continue
+        record.ran()
+        modes.append(mode)
+    worst = dict.fromkeys(modes, (0.0, "", 0.0))
+    for title, batch, row, weights in _neighbours(subject) if modes else ():
+        fewer = None if weights is None else weights[torch.arange(len(weights)) != row]
+        more_sides = _sides(subject, modes, batch, weights)
+        fewer_sides = _sides(subject, modes, batch.without(row), fewer)
+        for mode in modes:
+            more, less = more_sides[mode], fewer_sides[mode]
+            if more is None or less is None:
+                record.skip(f"{mode}, {title}: raises or is not finite")
+                continue
+            worst[mode] = max(worst[mode], _worst(more, less, title, subject.max_grad_norm))
+    for mode, (ratio, title, clip) in worst.items():
+        if ratio > 1 + SLACK:
+            record.find(
+                "privacy",
+                f"neighbouring batches' clipped sums differ by more than the clipping norm ({title})",
+                "the noise is calibrated to C, so epsilon does not hold; see isolation, unit and "
+                "exactness for the cause",
+                mode=mode,
+                expected=f"at most {clip:.4g} (C)",
+                got=f"{ratio * clip:.4g}, {ratio:.3g} times C",
+            )
+
+
+def _countable(subject: Subject, mode: str) -> bool:
+    """Whether a mode's per-sample gradients can be clipped, though not one to a row."""
+    if mode == "ghost":
+        return False
+    run = subject.mode_run(mode)
+    lengths = {len(rows) for rows in run.rows.values()}
+    return not run.error and run.rows.keys() == subject.parameters.keys() and len(lengths) == 1
+
+
+def _neighbours(subject: Subject) -> Iterator[tuple[str, Batch, int, torch.Tensor | None]]:
+    """(what the batch is, the batch, the row that is removed, weights of the rows' losses)."""
+    batch, rows = subject.batch, subject.rows
+    yield "the batch as it is", batch, 0, None
+    if batch.floats():
+        yield "one row scaled by 1e3", batch.scaled([0], 1e3), 0, None
+    elif subject.per_row_loss:
+        weights = torch.ones(rows, dtype=subject.dtype)
+        weights[0] = 1e3
+        yield "one row's loss scaled by 1e3", batch, 0, weights
+    if batch.token_labels():
+        labels = next(iter(batch.token_labels().values()))
+        counts = (labels != -100).reshape(rows, -1).sum(1)
+        long, short = int(counts.argmax()), int(counts.argmin())
+        if long == short:
+            short = (long + 1) % rows
+        copies = batch.take([long, *[short] * (rows - 1)])
+        yield "one long row among short ones", copies.ignoring(range(1, rows), keep=1), 0, None
+        yield "one row without labels", batch.ignoring([0]), 0, None
+
+
+def _sides(
+    subject: Subject, modes: list[str], batch: Batch, weights: torch.Tensor | None
+) -> dict[str, Side | None]:
+    """The batch's rows in each mode; None where it raises or is not finite."""
+    sides: dict[str, Side | None] = {}
+    explicit: Gradients | None = None
+    for mode in sorted(modes, key="ghost".__eq__):  # ghost last: it may use what another mode made
+        run = subject.opacus(mode).run(batch, weights)
+        rows, norms = run.rows, None
+        if mode == "ghost":
+            if run.norms.keys() == subject.parameters.keys():
+                norms = torch.stack(list(run.norms.values())).norm(dim=0)
+                # What the second pass weights: the gradient of each row's loss in the batch.
+                rows = explicit if explicit is not None else _own_rows(subject, batch, weights)
+        elif rows and len({len(g) for g in rows.values()}) == 1:
+            norms = row_norms(rows)
+            if mode in subject.exact_modes:
+                explicit = rows
+        sides[mode] = None
+        if not run.error and norms is not None and bool(norms.isfinite().all()):
+            sides[mode] = Side(rows, norms)
+    return sides
+
+
+def _own_rows(subject: Subject, batch: Batch, weights: torch.Tensor | None) -> Gradients:
+    rows = subject.own_rows(batch)
+    if weights is None:
+        return rows
+    return {n: torch.einsum("i,i...->i...", weights.to(g), g) for n, g in rows.items()}
+
+
+def _worst(more: Side, fewer: Side, title: str, user_norm: float) -> tuple[float, str, float]:
+    """(distance of the clipped sums in units of C, title, C), at its worst over C."""
+    both = {name: torch.cat([more.rows[name], fewer.rows[name]]) for name in more.rows}
+    products = gram(both)
+    top = float(torch.cat([more.norms, fewer.norms]).max())
+    typical = float(fewer.norms.median()) if len(fewer.norms) else top
+    clips = {user_norm, *(f * top for f in SWEEP), *(f * typical for f in SWEEP)} - {0.0}
+    worst = (0.0, title, user_norm)
+    n = len(more.norms)
+    for clip in sorted(clips):
+        factors = clip_factors(torch.cat([more.norms, fewer.norms]), clip)
+        signed = torch.cat([factors[:n], -factors[n:]]).to(products)
+        distance = float((signed @ products @ signed).clamp(min=0).sqrt())
+        single = float((factors.to(products) * products.diagonal().clamp(min=0).sqrt()).max())
+        if single > clip * (1 + SLACK) and single >= distance:
+            worst = max(worst, (single / clip, f"{title}: one row's contribution alone", clip))
+        else:
+            worst = max(worst, (distance / clip, title, clip))
+    return worst

@@ -1,0 +1,67 @@
+"""Samplers that compute in float32 or wider, whatever the model's dtype and the caller's autocast.
+
+What they differentiate is what the layer computed: under autocast a linear layer rounds its input to
+the dtype of its output, and so its gradient is that of the rounded input. The product of two bfloat16
+numbers is exact in float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
+from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
+from torch import nn
+
+from dpzoo.layers.precision import WideLayerNorm, WideLinear
+
+Layer = TypeVar("Layer", bound=nn.Module)
+Samples = dict[torch.Tensor, torch.Tensor]
+Sampler = Callable[[Layer, list[torch.Tensor], torch.Tensor], Samples]
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or as it is if it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def without_autocast(sampler: Sampler[Layer]) -> Sampler[Layer]:
+    """The same sampler, whose products stay in float32 if ``backward`` is called under autocast."""
+
+    @functools.wraps(sampler)
+    def run(layer: Layer, activations: list[torch.Tensor], backprops: torch.Tensor) -> Samples:
+        with torch.autocast(backprops.device.type, enabled=False):
+            return sampler(layer, activations, backprops)
+
+    return run
+
+
+@register_grad_sampler(WideLinear)
+@without_autocast
+def linear_grad_sample(
+    layer: WideLinear, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> Samples:
+    """Opacus' per-sample gradients of a linear layer, (batch, out, in) and (batch, out)."""
+    inputs = wide(activations[0].to(backprops.dtype))
+    return compute_linear_grad_sample(layer, [inputs], wide(backprops))
+
+
+@register_norm_sampler(WideLinear)
+@without_autocast
+def linear_norm_sample(
+    layer: WideLinear, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> Samples:
+    """Opacus' norms of the per-sample gradients of a linear layer, (batch,)."""
+    inputs = wide(activations[0].to(backprops.dtype))
+    return compute_linear_norm_sample(layer, [inputs], wide(backprops))
+
+
+@register_grad_sampler(WideLayerNorm)
+@without_autocast
+def layer_norm_grad_sample(
+    layer: WideLayerNorm, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> Samples:
+    """Opacus' per-sample gradients of a LayerNorm, (batch, hidden)."""
+    return compute_layer_norm_grad_sample(layer, [wide(activations[0])], wide(backprops))

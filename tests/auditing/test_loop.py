@@ -1,0 +1,91 @@
+"""audit_loop: planted loops are caught, right ones pass, and everything is put back."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import nn
+
+from dpzoo.auditing import audit_loop
+from dpzoo.errors import InputError
+from tests.auditing.loops import PLANTED_LOOPS, Loop, PlantedLoop
+
+
+@pytest.mark.parametrize("planted", PLANTED_LOOPS, ids=lambda planted: planted.name)
+def test_a_planted_loop_is_named_by_its_check(planted: PlantedLoop) -> None:
+    loop, options = planted.build()
+    report = audit_loop(*loop.objects(), **options)
+    found = [
+        f
+        for f in report[planted.check].findings
+        if f.severity == planted.severity and planted.says in f.message
+    ]
+    assert found, str(report)
+    assert report.ok == (planted.severity == "note"), str(report)
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_right_loop_passes(mode: str, wrap: bool) -> None:
+    loop = Loop(mode, wrap_model=wrap, max_grad_norm=20.0)
+    if not wrap:
+        objects = loop.objects()
+        loop.model = loop.net
+        report = audit_loop(*objects, step=loop.step)
+    else:
+        report = audit_loop(*loop.objects(), step=loop.step)
+    assert not report.findings, str(report)
+    assert [r.name for r in report] == ["loop lint", "freshness", "noise", "loop steps"]
+
+
+def test_a_memory_manager_that_ran_to_its_end_passes() -> None:
+    loop = Loop()
+    with BatchMemoryManager(
+        data_loader=loop.loader, max_physical_batch_size=2, optimizer=loop.optimizer
+    ) as parts:
+        for batch in parts:
+            loop.step(batch)
+        loop.optimizer.zero_grad()
+        assert audit_loop(loop.model, loop.optimizer, parts, loop.engine).ok
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_everything_is_as_before(mode: str) -> None:
+    loop = Loop(mode)
+    for batch in loop.loader:
+        loop.step(batch)
+    loop.optimizer.zero_grad()
+    before = _state(loop)
+    audit_loop(*loop.objects(), step=loop.step)
+    after = _state(loop)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        same = (
+            torch.equal(value, after[name])
+            if isinstance(value, torch.Tensor)
+            else value == after[name]
+        )
+        assert same, name
+
+
+def _state(loop: Loop) -> dict[str, Any]:
+    return {
+        **{k: v.clone() for k, v in loop.net.state_dict().items()},
+        "history": copy.deepcopy(loop.engine.accountant.history),
+        "rng": torch.get_rng_state(),
+        "queue": list(loop.optimizer._step_skip_queue),
+        "hook": loop.optimizer.step_hook,
+        "methods": sorted(vars(loop.optimizer)),
+        "hooks": [len(m._forward_pre_hooks) for m in loop.net.modules()],
+        "attributes": [
+            sorted(k for k, v in vars(p).items() if v is not None) for p in loop.net.parameters()
+        ],
+    }
+
+
+def test_an_optimizer_that_is_not_private_is_refused() -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="got a SGD as optimizer, wanted the private one"):
+        audit_loop(net, torch.optim.SGD(net.parameters(), lr=0.1), [], None)

@@ -1,0 +1,60 @@
+"""Starting two processes the way a user does, for tests: on loopback, and never left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_two_processes(command: Sequence[str], log: Path, *, patience: int = 300) -> str:
+    """``torchrun --standalone --nproc-per-node 2 COMMAND``; fails the test if that fails.
+
+    Args:
+        command: what follows on torchrun's command line.
+        log: a file for what the processes print.
+        patience: seconds after which they are ended.
+
+    Returns:
+        What they printed.
+    """
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": loopback,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, wherever the tests run
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*torchrun, "--nproc-per-node", "2", *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        try:
+            code: int | str = process.wait(patience)
+        except subprocess.TimeoutExpired:
+            code = f"none after {patience} s"
+        finally:
+            if process.poll() is None:  # torchrun ends its processes when it is asked to
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+    printed = log.read_text(encoding="utf-8", errors="replace")
+    if code != 0:
+        pytest.fail(f"exit code of torchrun: {code}\n{printed[-6000:]}")
+    return printed
