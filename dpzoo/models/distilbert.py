@@ -236,7 +236,7 @@ class DistilBertModel(DistilBertPreTrainedModel):
             num_choices: how many sequences a row holds, one after the other.
             output_attentions: return every layer's attention weights.
             output_hidden_states: return all hidden states, or those with the given numbers.
-            **kwargs: ``return_dict``, and arguments that change nothing.
+            **kwargs: ``return_dict``, and arguments that change nothing, ``token_type_ids`` among them.
 
         Returns:
             ``last_hidden_state`` (batch, num_choices * seq, dim) and what was asked for.
@@ -249,6 +249,8 @@ class DistilBertModel(DistilBertPreTrainedModel):
             Every value of row i is a function of row i of the arguments.
         """
         name = type(self).__name__
+        # BERT's tokenizers come with many checkpoints and send token types; there is no table of them.
+        kwargs.pop("token_type_ids", None)
         refuse_arguments(name, kwargs)
         given = one_input(name, input_ids, inputs_embeds)
         batch, seq = given.shape[0], given.shape[1] // num_choices

@@ -305,3 +305,26 @@ def test_dropout_stands_where_stock_has_it(name: str, rate: float) -> None:
     got = tensors_of(zoo(**inputs))
     for key, value in wanted.items():
         assert largest_error(got[key], value) <= TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if FAMILY[name] == "distilbert"])
+def test_distilbert_passes_over_token_types_as_stock_does(name: str) -> None:
+    """Tokenizers of BERT come with many of its checkpoints, and send them."""
+    zoo = dpzoo.convert(stock_model(name))
+    inputs = inputs_for(name)
+    types = torch.ones_like(inputs["input_ids"])
+    wanted, got = tensors_of(zoo(**inputs)), tensors_of(zoo(**inputs, token_type_ids=types))
+    assert all(torch.equal(got[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_that_cannot_be_honoured_are_named(name: str) -> None:
+    zoo = dpzoo.convert(stock_model(name))
+    with pytest.raises(
+        dpzoo.InputError, match=r"forward\(\) got 'attention_maks', which it cannot"
+    ):
+        zoo(**inputs_for(name), attention_maks=torch.ones(1))
+    with pytest.raises(
+        dpzoo.InputError, match=r"exactly one of input_ids or inputs_embeds.*got neither"
+    ):
+        zoo(attention_mask=torch.ones(ROWS, SEQ))

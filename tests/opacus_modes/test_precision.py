@@ -443,9 +443,13 @@ def scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**16)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("name", "mode", "reduction"),
+    [
+        *((name, "hooks", "mean") for name in NAMES if TASK[name] != "base"),
+        *((name, mode, "sum") for name in CLASSES for mode in ("hooks", "functorch", "ew")),
+    ],
+)
 def test_a_grad_scaler_is_refused(name: str, mode: str, reduction: str) -> None:
     """Norms 65536 times too large: every row would be clipped, however short, without a sign."""
     batch = batch_for(name)
