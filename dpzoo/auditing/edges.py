@@ -56,7 +56,7 @@ def _sizes(subject: Subject, record: Record, mode: str) -> None:
             )
             continue
         size = largest(got)
-        if batch.rows == 0 and not size == 0:
+        if batch.rows == 0 and size != 0:
             record.find(
                 "privacy",
                 f"{mode} mode's sum over an empty batch is not zero",

@@ -6,6 +6,7 @@ checkpoints are read and written in the stock layout.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -149,14 +150,19 @@ class PerSampleModel(PreTrainedModel):
 
     # --- activation checkpointing ---------------------------------------------------------------
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As in transformers, reentrant by default: the kind that keeps per-sample gradients."""
-        if activation_checkpointing_kwargs is None:
-            activation_checkpointing_kwargs = {"use_reentrant": True}
+        """As in transformers, reentrant by default: the kind that keeps per-sample gradients.
+
+        The newer name, ``activation_checkpointing_enable``, comes here too.
+        """
+        if gradient_checkpointing_kwargs is None:
+            gradient_checkpointing_kwargs = {"use_reentrant": True}
         hooked = bool(getattr(self, "_require_grads_hooks", None))
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about this name
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
         if not hooked:
             # transformers has hooked the token table, to make its output need gradients where
             # nothing below the first layer does. functorch cannot run that hook; see _checkpointable.

@@ -17,7 +17,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 
 from dpzoo.losses import (
     batch_mean,
@@ -76,7 +75,7 @@ def predict_next(
     lined up with the logits already.
     """
     body = model.base_model(**inputs)
-    logits = project(slice_logits_to_keep(body.last_hidden_state, logits_to_keep))
+    logits = project(_kept(body.last_hidden_state, logits_to_keep))
     losses = None
     if labels is not None and shift_labels is not None:
         losses = token_losses(logits, shift_labels)
@@ -167,3 +166,10 @@ def answer(
         attentions=body.attentions,
     )
     return model._finish(output, losses)
+
+
+def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions that logits are wanted for: the last few, those of given indices, or all for 0."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:]
+    return hidden[:, logits_to_keep]

@@ -37,7 +37,7 @@ from tests.support import (
 pytestmark = [
     # PEFT, on stock GPT-2 and wherever an adapter goes from Conv1D to Linear or back: tested below.
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
 ]
 
 PEFT_TASK = {
