@@ -38,6 +38,17 @@ def test_a_class_of_the_zoo_passes_every_check(name: str) -> None:
     assert ("one parameter under 2 names" in notes) == (name in TIED)
 
 
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_other_modes_pass_too(name: str) -> None:
+    """functorch, and ew where torch's ExpandedWeights take the class."""
+    model, batch = dpzoo.convert(stock_model(name, dtype=torch.float32)), batch_for(name)
+    checks = ["coverage", "exactness", "sensitivity", "parity", "split", "edges", "effect"]
+    report = audit(model, batch, modes=("functorch", "ew"), checks=checks)
+    assert report.ok, str(report)
+    skipped = [result.skipped for result in report if result.skipped]
+    assert skipped == ["ew: torch's ExpandedWeights refuse empty batches"], str(report)
+
+
 def _says(report: AuditReport, check: str, message: str) -> list[str]:
     """Parameters and modules of a check's findings with a message."""
     found = [f for f in report[check].findings if message in f.message]

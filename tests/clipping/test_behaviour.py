@@ -328,11 +328,11 @@ def test_checkpointed_layers(name: str) -> None:
     """Non-reentrant checkpointing goes along with taps; reentrant is refused by torch's own words."""
 
     def enable(model: Any) -> None:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     assert_step_is_exact(name, "bk", batch_for(name), stock_model(name), prepare=enable)
     model = dpzoo.convert(stock_model(name))
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     step = Step(name, model, "bk")
     with pytest.raises(RuntimeError, match=r"not compatible with .grad\(\)|use_reentrant"):
         step.backward(batch_for(name))

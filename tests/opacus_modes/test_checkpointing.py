@@ -42,7 +42,7 @@ def test_checkpointed_layers_are_exact(name: str, mode: str, prepare: Any) -> No
 def test_non_reentrant_checkpointing_is_refused_under_opacus(mode: str) -> None:
     name = "BertForSequenceClassification"
     model = dpzoo.convert(stock_model(name))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()(**batch_for(name)).loss.backward()  # without Opacus it is as good as any
     step = Step(name, model, mode)
     with pytest.raises(
@@ -56,7 +56,7 @@ def test_non_reentrant_checkpointing_is_refused_under_opacus(mode: str) -> None:
 def test_expanded_weights_refuse_checkpointing() -> None:
     name = "GPT2ForSequenceClassification"
     model = dpzoo.convert(stock_model(name))
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     step = Step(name, model, "ew")
     with pytest.raises(
         dpzoo.UnsupportedConfigError, match=r"GPT2Block is checkpointed.*'ew' cannot"
