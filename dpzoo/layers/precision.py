@@ -75,8 +75,9 @@ def keep_wide(model: nn.Module) -> None:
         warnings.warn(
             f"{type(model).__name__} trains parameters of {narrow[0].dtype} under Opacus, which sums "
             f"gradients and draws noise in the parameters' dtype: noise below a sum's last bit is lost. "
-            f"Keep trainable parameters in float32, and run the model under "
-            f"torch.autocast({device!r}, dtype={narrow[0].dtype}); frozen ones may stay as they are.",
+            f"Keep trainable parameters in float32 and run the model under "
+            f"torch.autocast({device!r}, dtype={narrow[0].dtype}) (frozen ones may stay as they are), or "
+            f"use dpzoo.PrivacyEngine with grad_sample_mode='bk', which sums in float32.",
             stacklevel=2,
         )
     for module in model.modules():

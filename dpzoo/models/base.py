@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
 from dpzoo.errors import InputError, UnsupportedConfigError
 from dpzoo.layers.embeddings import retype_embedding
+from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
 from dpzoo.layers.precision import keep_wide, refuse_loss_scale
 from dpzoo.losses import with_loss_per_sample
@@ -236,6 +237,8 @@ class PerSampleModel(PreTrainedModel):
         if self._learns():
             for values in (losses, getattr(output, "mc_loss_per_sample", None)):
                 refuse_loss_scale(values, self)
+            for reduced in (output.get("loss"), output.get("mc_loss")):
+                refuse_unclipped(reduced, self)
         return with_loss_per_sample(output, losses)
 
     def _keep_wide(self) -> None:

@@ -187,3 +187,17 @@ def test_adaptive_clipping_runs() -> None:
     private(**batch_for(name)).loss.backward()
     optimizer.step()
     assert optimizer.max_grad_norm != before
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+@pytest.mark.parametrize("name", [name for name in NAMES if TASK[name] != "base"])
+def test_an_ordinary_loss_is_refused_in_ghost_mode(name: str, wrap_model: bool) -> None:
+    """Opacus would take the step unclipped; in hooks mode the same line is right."""
+    batch = batch_for(name)
+    step = Step(name, dpzoo.convert(stock_model(name)), "ghost", wrap_model=wrap_model)
+    with pytest.raises(dpzoo.InputError, match=r"backpropagated in grad_sample_mode='ghost', where"):
+        step.wrapped(**batch).loss.backward()
+    hooks = Step(name, dpzoo.convert(stock_model(name)), "hooks", wrap_model=wrap_model)
+    output = hooks.wrapped(**batch)
+    if TASK[name] != "double-heads":
+        output.loss.backward()

@@ -235,7 +235,7 @@ def test_ghost_clipping_refuses_tied_modules() -> None:
 
 def test_ghost_clipping_of_a_functional_tie_exceeds_the_clipping_norm() -> None:
     # Nothing is raised: the second backward pass has the head's gradient, the norm has not. dpzoo: the
-    # head is a module. A model of one's own: write the head as a module, and audit it.
+    # head is a module. In a model of one's own, dpzoo.audit finds it.
     model, ids = TiedByFunction(), torch.randint(0, VOCAB, (1, SEQ))
     true = row_norms(model, ids)
     wrapped, optimizer, loss = private(model, "ghost", clip=1e-3)
@@ -294,7 +294,9 @@ def test_expanded_weights_know_few_functions() -> None:
             return torch.addmm(self.bias, x, self.weight)
 
     wrapped, _, _ = private(Conv1D(), "ew")
-    with pytest.raises(RuntimeError, match=r"Expanded Weights encountered but cannot handle.*addmm"):
+    with pytest.raises(
+        RuntimeError, match=r"Expanded Weights encountered but cannot handle.*addmm"
+    ):
         wrapped(torch.randn(ROWS, HIDDEN))
 
 
@@ -330,7 +332,7 @@ def test_non_reentrant_checkpointing_loses_gradients() -> None:
 
 
 def test_ghost_clipping_keeps_the_last_of_several_backward_passes() -> None:
-    # dpzoo cannot see it: give large batches to BatchMemoryManager, never accumulate by hand.
+    # Give large batches to BatchMemoryManager, never accumulate by hand. dpzoo.audit_loop finds it.
     model, parts = nn.Linear(HIDDEN, 1), torch.randn(2, ROWS, HIDDEN)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     moved = []
@@ -367,7 +369,8 @@ def test_a_first_batch_that_is_empty_has_no_keys() -> None:
 
 def test_an_abandoned_batch_memory_manager_shifts_the_real_steps() -> None:
     # What was drawn ahead and not trained stays in the optimizer's queue: logical batches then mix two
-    # draws. dpzoo cannot see it: do not leave the loop early, or make the model private anew.
+    # draws. dpzoo.audit_loop finds it. The user: do not leave the loop early, or make the model private
+    # anew.
     model = nn.Linear(HIDDEN, 1)
     _, optimizer, _ = private(model, "hooks")
     loader = DataLoader(TensorDataset(torch.randn(8, HIDDEN)), batch_size=4)
@@ -385,7 +388,7 @@ def test_an_abandoned_batch_memory_manager_shifts_the_real_steps() -> None:
 
 
 def test_a_layer_unfrozen_after_wrapping_is_not_clipped_in_ghost_mode() -> None:
-    # The list of norms is made by make_private. dpzoo cannot see it: freeze and unfreeze before that.
+    # The list of norms is made by make_private: freeze and unfreeze before that. dpzoo.audit_loop finds it.
     # (In hooks mode such a layer raises, and so does a parameter whose layer was partly trained.)
     model, x = (
         nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 1)),
@@ -428,7 +431,8 @@ def test_a_branch_that_is_not_run_keeps_its_last_norm_in_ghost_mode() -> None:
 
 def test_a_grad_scaler_makes_every_row_as_long_as_the_clipping_norm() -> None:
     # Norms are taken of scaled gradients: at a scale of 2^16 every row is clipped, however short. (The
-    # loss of ghost mode is no tensor, and the scaler refuses it.) dpzoo: bfloat16 needs no scaler.
+    # loss of ghost mode is no tensor, and the scaler refuses it.) dpzoo: the models' own losses refuse a
+    # scaler in the backward pass, see layers/precision.py; bfloat16 needs none.
     model, x = nn.Linear(HIDDEN, 1), 1e-2 * torch.randn(1, HIDDEN)
     assert float(row_norms(model, x)) < 0.5
     wrapped, optimizer, loss = private(model, "hooks", clip=1.0)
@@ -443,7 +447,7 @@ def test_a_grad_scaler_makes_every_row_as_long_as_the_clipping_norm() -> None:
 
 
 def test_one_row_that_is_not_finite_ruins_the_model() -> None:
-    # And shows that the row was there. dpzoo cannot see it under Opacus' own engine: keep such rows out.
+    # And shows that the row was there. Under Opacus' own engine dpzoo cannot help it: keep such rows out.
     for mode in ("hooks", "ghost"):
         model, x = nn.Linear(HIDDEN, 1), torch.randn(ROWS, HIDDEN)
         x[1, 0] = float("inf")
@@ -454,8 +458,8 @@ def test_one_row_that_is_not_finite_ruins_the_model() -> None:
 
 
 def test_the_accountant_does_not_ask_how_batches_were_drawn() -> None:
-    # Fixed batches get the epsilon of Poisson sampling, which does not hold for them. dpzoo cannot see
-    # it: leave poisson_sampling at its default.
+    # Fixed batches get the epsilon of Poisson sampling, which does not hold for them: leave
+    # poisson_sampling at its default. dpzoo.audit_loop finds it.
     epsilons = []
     for poisson in (True, False):
         model, engine = nn.Linear(HIDDEN, 1), PrivacyEngine(accountant="rdp")
