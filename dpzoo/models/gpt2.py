@@ -468,6 +468,13 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
                     f"dimension of choices, rows of the batch would compete with each other."
                 )
             mc_losses = token_losses(mc_logits, mc_labels.reshape(batch))
+        if self._learns():
+            # A head without labels has gradient 0, not none: Opacus would wait for it, or take the
+            # norm that it had in an earlier step.
+            if losses is not None and mc_losses is None:
+                losses = losses + 0 * mc_logits.reshape(batch, -1 if batch else 0).sum(1)
+            if mc_losses is not None and losses is None:
+                mc_losses = mc_losses + 0 * logits.reshape(batch, -1 if batch else 0).sum(1)
         output = GPT2DoubleHeadsModelOutput(
             loss=batch_mean(losses),
             mc_loss=batch_mean(mc_losses),

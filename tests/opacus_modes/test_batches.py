@@ -6,6 +6,7 @@ import pytest
 import torch
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
@@ -25,6 +26,7 @@ from tests.support import (
     largest_error,
     row_of,
     stock_model,
+    without_labels,
 )
 
 
@@ -184,3 +186,37 @@ def test_the_longest_sequence_and_one_token_more(name: str) -> None:
         rf"most {limit}.*max_length={limit}",
     ):
         model(**inputs_for(name, padding="none", seq=limit + 1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("missing", ["labels", "mc_labels"])
+def test_double_heads_with_labels_for_one(missing: str, mode: str) -> None:
+    """The head without labels has gradient 0; its norm of the step before is not used again."""
+    name = "GPT2DoubleHeadsModel"
+    stock, full = stock_model(name), batch_for(name)
+    part = {key: value for key, value in full.items() if key != missing}
+    wanted = []
+    for i in range(ROWS):  # the rows alone, autograd, through the stock model
+        row = row_of(part, i)
+        stock.zero_grad(set_to_none=True)
+        outputs = stock(**without_labels(row))
+        if missing == "labels":
+            F.cross_entropy(outputs.mc_logits, row["mc_labels"]).backward()
+        else:
+            labels = row["labels"][..., 1:].reshape(-1)
+            logits = outputs.logits[..., :-1, :].reshape(len(labels), -1)
+            F.cross_entropy(logits, labels, ignore_index=-100).backward()
+        grads = [p.grad.norm() for p in stock.parameters() if p.grad is not None]
+        wanted.append(torch.stack(grads).norm())
+
+    step = Step(name, dpzoo.convert(stock), mode)
+    if step.makes_criterion:
+        step.criterion.criterion = dpzoo.ModelLoss()
+    else:
+        step.criterion = dpzoo.ModelLoss()
+    for batch in (full, part):
+        rest = {key: value for key, value in batch.items() if key != "input_ids"}
+        step.criterion(step.wrapped(batch["input_ids"], **rest)).backward()
+        norms = step.norms().detach().clone()
+        step.optimizer.zero_grad()
+    assert largest_error(norms, torch.stack(wanted).detach()) <= 1e-9

@@ -195,7 +195,9 @@ def test_an_ordinary_loss_is_refused_in_ghost_mode(name: str, wrap_model: bool) 
     """Opacus would take the step unclipped; in hooks mode the same line is right."""
     batch = batch_for(name)
     step = Step(name, dpzoo.convert(stock_model(name)), "ghost", wrap_model=wrap_model)
-    with pytest.raises(dpzoo.InputError, match=r"backpropagated in grad_sample_mode='ghost', where"):
+    with pytest.raises(
+        dpzoo.InputError, match=r"backpropagated in grad_sample_mode='ghost', where"
+    ):
         step.wrapped(**batch).loss.backward()
     hooks = Step(name, dpzoo.convert(stock_model(name)), "hooks", wrap_model=wrap_model)
     output = hooks.wrapped(**batch)
