@@ -86,26 +86,37 @@ def span_losses(
     end_logits: torch.Tensor,
     start_positions: torch.Tensor,
     end_positions: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean of the cross entropies of a span's first and last position.
 
     A position outside the sequence is ignored: that half of the row's loss is 0. (transformers
     divides by the number of rows in the batch whose position is inside; here other rows do not
-    matter.)
+    matter.) Padding takes no part: with it, a row's loss would depend on how far the longest row of
+    the batch makes it be padded. (transformers' softmax runs over padding too; without padding, and
+    with all positions inside, the two losses are equal.)
 
     Args:
         start_logits: (batch, seq).
         end_logits: (batch, seq).
         start_positions: (batch,) or (batch, 1).
         end_positions: (batch,) or (batch, 1).
+        attention_mask: (batch, seq), zero at padding; None or of another shape: nothing is padding.
 
     Returns:
         Shape (batch,).
     """
     seq = start_logits.shape[1]
+    padding = None
+    if attention_mask is not None and attention_mask.shape == start_logits.shape:
+        padding = attention_mask == 0
     halves = []
     for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
         target = positions.reshape(logits.shape[0]).clamp(0, seq)
+        if padding is not None:
+            inside = target.clamp(max=seq - 1).unsqueeze(1)
+            target = target.masked_fill(padding.gather(1, inside).squeeze(1), seq)
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         halves.append(token_losses(logits, target, ignore_index=seq))
     return (halves[0] + halves[1]) / 2
 

@@ -184,8 +184,10 @@ def labels_for(
             return {"labels": labels, "mc_labels": torch.randint(0, CHOICES, (rows,))}
         return {"labels": labels}
     if task == "question-answering":
+        starts = torch.randint(0, seq, (rows,))
+        starts[1::2] = seq // 2  # the middle is padding in no row: these rows always learn
         return {
-            "start_positions": torch.randint(0, seq, (rows,)),
+            "start_positions": starts,
             "end_positions": torch.randint(0, seq + 2, (rows,)),  # some outside: ignored
         }
     classes = {"next-sentence-prediction": 2, "multiple-choice": CHOICES}.get(task, 5)
@@ -241,12 +243,16 @@ def row_loss(name: str, outputs: Any, row: dict[str, torch.Tensor]) -> torch.Ten
         return _mean_over_labelled(outputs.prediction_logits, row["labels"]) + following
     if task == "question-answering":
         total = outputs.start_logits.sum() * 0 + outputs.end_logits.sum() * 0
+        mask = row.get("attention_mask", torch.ones(outputs.start_logits.shape))
+        real = mask[0].bool()  # padding is not among the answers
         for logits, key in (
             (outputs.start_logits, "start_positions"),
             (outputs.end_logits, "end_positions"),
         ):
-            if row[key].item() < logits.shape[1]:
-                total = total + F.cross_entropy(logits, row[key]) / 2
+            position = int(row[key])
+            if position < logits.shape[1] and real[position]:
+                target = real[:position].sum().reshape(1)
+                total = total + F.cross_entropy(logits[:, real], target) / 2
         return total
     return _mean_over_labelled(outputs.logits, row["labels"])
 

@@ -41,6 +41,9 @@ LOSS_ROUNDING = {"causal-lm": 1e-6, "double-heads": 1e-6}
 BY_TOKEN = ("masked-lm", "causal-lm", "pre-training", "double-heads", "token-classification")
 """Tasks with a label for each token: there the number of labelled tokens can differ by row."""
 
+PADDING = {"question-answering": "none"}
+"""Stock's softmax over the positions of an answer runs over padding too, and dpzoo's does not."""
+
 
 def even_labels(name: str) -> dict[str, torch.Tensor]:
     """As `labels_for`, with as many labelled tokens in every row, at different places."""
@@ -61,7 +64,7 @@ def test_the_loss_is_stock_where_rows_have_equally_many_labels(name: str) -> Non
     """A loss that is off by a factor or a shift trains, and trains something else."""
     stock = stock_model(name)
     zoo = dpzoo.convert(stock)
-    batch = {**inputs_for(name), **even_labels(name)}
+    batch = {**inputs_for(name, padding=PADDING.get(TASK[name], "right")), **even_labels(name)}
     tolerance = LOSS_ROUNDING.get(TASK[name], 1e-10)
     wanted, got = stock(**batch), zoo(**batch)
     assert list(got) == list(wanted)
@@ -81,7 +84,7 @@ def test_the_loss_is_the_mean_of_stock_losses_of_single_rows(name: str) -> None:
     """
     stock = stock_model(name)
     zoo = dpzoo.convert(stock)
-    batch = batch_for(name)
+    batch = batch_for(name, padding=PADDING.get(TASK[name], "right"))
     if TASK[name] == "question-answering":
         # A row without an answer in reach; stock divides 0 by 0 for half a row.
         batch["end_positions"] = torch.randint(0, SEQ, (ROWS,))

@@ -161,6 +161,15 @@ class Batch:
 
         return self.map(change)
 
+    def trimmed(self) -> "Batch":
+        """Without the positions at the end that are padding in every row; needs 2-D masks."""
+        mask = self.tensors().get("attention_mask")
+        if mask is None or mask.dim() != 2 or not bool(mask.any()):
+            return self
+        length = int(mask.any(0).nonzero().max()) + 1
+        shape = mask.shape
+        return self.map(lambda _, tensor: tensor[:, :length] if tensor.shape == shape else tensor)
+
 
 def prepared(batch: Batch, sizes: Iterable[int]) -> tuple[Batch, list[str]]:
     """A batch of 3 to `MOST_ROWS` rows whose number is unlike every other dimension, and remarks.

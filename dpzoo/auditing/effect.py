@@ -118,7 +118,8 @@ def _export(subject: Subject, record: Record) -> None:
     differences = []
     with torch.no_grad():
         for i in range(subject.rows):
-            row = subject.batch.take([i])
+            # Without padding, over which the softmax of a stock answer runs, and dpzoo's does not.
+            row = subject.batch.take([i]).trimmed()
             ours, theirs = subject.loss.total(subject.model, row), subject.loss.total(stock, row)
             if bool(theirs.isfinite().all()):  # transformers' mean over no label is NaN
                 differences.append(float((ours - theirs).abs() / theirs.abs().clamp(min=1.0)))

@@ -157,7 +157,8 @@ def answer(
     )
     losses = None
     if start_positions is not None and end_positions is not None:
-        losses = span_losses(start_logits, end_logits, start_positions, end_positions)
+        mask = inputs.get("attention_mask")
+        losses = span_losses(start_logits, end_logits, start_positions, end_positions, mask)
     output = QuestionAnsweringModelOutput(
         loss=batch_mean(losses),
         start_logits=start_logits,

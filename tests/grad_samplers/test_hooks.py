@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 from opacus.grad_sample import GradSampleModule
+from torch.nn import functional as F
 
 import dpzoo
 from tests.support import (
     NAMES,
+    PAD,
     ROWS,
+    SEQ,
     TASK,
     TIED,
     batch_for,
@@ -138,3 +141,26 @@ def test_token_types_of_gpt2_use_the_table_once() -> None:
     model.wte.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
     model(**batch_for("GPT2Model"))
     assert calls == [torch.Size((ROWS, 18))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_further_changes_no_row(name: str) -> None:
+    """A longer row somewhere in the batch pads the others further; their gradients stay."""
+    model = dpzoo.convert(stock_model(name))
+    batch = batch_for(name, padding="right")
+    longer = {
+        key: F.pad(value, (0, 3), value={"input_ids": PAD, "labels": -100}.get(key, 0))
+        if value.shape[-1:] == (SEQ,) and key != "mc_token_ids"
+        else value
+        for key, value in batch.items()
+    }
+    if TASK[name] == "base":  # returns padding's states too
+        first, second = model(**batch), model(**longer)
+        real = batch["attention_mask"].bool()
+        states = second.last_hidden_state[:, :SEQ]
+        assert largest_error(states[real], first.last_hidden_state[real]) <= 1e-12
+        return
+    before = per_sample_gradients(name, model, batch)
+    after = per_sample_gradients(name, model, longer)
+    for key, value in before.items():
+        assert largest_error(after[key], value) <= 1e-12, key
