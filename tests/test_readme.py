@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from opacus import PrivacyEngine
@@ -65,13 +66,14 @@ def test_the_first_example_trains_every_parameter_and_saves_a_stock_checkpoint(
     torch.testing.assert_close(after(**batch).logits, trained(**batch).logits)
 
 
-def test_ghost_mode_is_used_as_shown() -> None:
+@pytest.mark.parametrize("index", [1, 4], ids=["ghost", "bk"])
+def test_modes_with_a_criterion_are_used_as_shown(index: int) -> None:
     ids = torch.randint(5, 61, (12, 7))
     dataset = [{"input_ids": row, "labels": row} for row in ids]
     model = dpzoo.convert(stock_model("GPT2LMHeadModel")).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run(
-        BLOCKS[1],
+        BLOCKS[index],
         {},
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
@@ -96,6 +98,17 @@ def test_the_ways_in_and_out_are_as_shown(tmp_path: Path) -> None:
     names = run(BLOCKS[2], replacements, stock_model=stock_model("GPT2LMHeadModel"), dpzoo=dpzoo)
     assert type(names["stock_model"]) is transformers.GPT2LMHeadModel
     assert type(names["model"]) is dpzoo.GPT2LMHeadModel
+
+
+def test_the_audit_is_used_as_shown() -> None:
+    ids = torch.randint(5, 61, (4, 7))
+    model = dpzoo.convert(stock_model("GPT2LMHeadModel"))
+    names = run(BLOCKS[3], {}, model=model, batch={"input_ids": ids, "labels": ids}, dpzoo=dpzoo)
+    assert names["report"].ok
+
+
+def test_every_block_has_its_test() -> None:
+    assert len(BLOCKS) == 5
 
 
 def test_the_table_is_the_registry() -> None:
