@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from dpzoo.cli import example_batch, main
 from dpzoo.registry import stock_class
@@ -56,6 +60,35 @@ def test_what_cannot_run_is_said(folder: str, capsys: pytest.CaptureFixture[str]
     short.write_text("one row\t1\n")
     assert main(["audit", folder, "--data", str(short)]) == 2
     assert "short.tsv has 1 rows, wanted at least 4" in capsys.readouterr().err
+
+
+def test_rows_of_a_file(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first rows of a file, through the checkpoint's own tokenizer, classes included."""
+    words = [
+        "[UNK]",
+        "[PAD]",
+        *["the", "film", "is", "good", "bad", "long", "short", "and", "very"],
+    ]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="[UNK]", pad_token="[PAD]", model_max_length=20
+    )
+    tokenizer.save_pretrained(folder)
+    data = Path(folder) / "rows.tsv"
+    data.write_text("the film is good\t1\nbad\t0\nvery long and bad\t0\nshort and good\t1\n")
+    options = [
+        "--task",
+        "sequence-classification",
+        "--data",
+        str(data),
+        "--checks",
+        "exactness,unit",
+    ]
+    assert main(["audit", folder, *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    assert report["rows"] >= 3
 
 
 @pytest.mark.parametrize("name", NAMES)
