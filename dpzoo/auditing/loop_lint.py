@@ -167,7 +167,7 @@ def settings(
         record.find(
             "utility",
             "a GradScaler multiplies the loss before per-sample gradients are clipped: every norm is "
-            "scaled, and every row is clipped to C / scale",
+            "scaled, so that every row is clipped, however short its gradient",
             "train in bfloat16 without a scaler",
             expected="loss scale 1",
             got=f"loss scale {scaler.get_scale():g}",

@@ -80,7 +80,7 @@ STORIES: dict[str, tuple[str, str]] = {
     "smaller rate": ("epsilon is computed for another rate", "hand-made loaders"),
     "more noise": ("epsilon is computed for another noise", "hand-made schedules"),
     "no accountant": ("epsilon stays 0", "optimizers made by hand"),
-    "GradScaler": ("norms are scaled by 2^16 and every row is clipped to C / 2^16", "fp16 training"),
+    "GradScaler": ("norms are scaled by 2^16 and every row is clipped", "fp16 training"),
     "clip_grad_norm_": ("under ghost mode p.grad is the sum already: it is clipped, then drowned in "
                         "noise", "transformers' Trainer (`max_grad_norm=1.0` by default)"),
     "accumulation under ghost": ("`backward()` clears the earlier micro-batch; only the last counts",

@@ -33,7 +33,6 @@ def test_a_class_of_the_zoo_passes_every_check(name: str) -> None:
     assert notes <= {
         "one parameter under 2 names",
         "Opacus adds a row whose gradient is NaN or Inf to the sum, and all weights become NaN",
-        "the loss depends on how far the rows are padded",
     }
     assert ("one parameter under 2 names" in notes) == (name in TIED)
 
@@ -42,11 +41,13 @@ def test_a_class_of_the_zoo_passes_every_check(name: str) -> None:
 def test_the_other_modes_pass_too(name: str) -> None:
     """functorch, and ew where torch's ExpandedWeights take the class."""
     model, batch = dpzoo.convert(stock_model(name, dtype=torch.float32)), batch_for(name)
-    checks = ["coverage", "exactness", "sensitivity", "parity", "split", "edges", "effect"]
-    report = audit(model, batch, modes=("functorch", "ew"), checks=checks)
+    report = audit(model, batch, modes=("functorch", "ew"))
     assert report.ok, str(report)
-    skipped = [result.skipped for result in report if result.skipped]
-    assert skipped == ["ew: torch's ExpandedWeights refuse empty batches"], str(report)
+    assert {result.name: result.skipped for result in report if result.skipped} == {
+        "edges": "ew: torch's ExpandedWeights refuse empty batches",
+        "freshness": "only ghost mode keeps norms from one batch to the next",
+        "noise": "ew: as hooks",  # one optimizer draws it in all of these modes
+    }, str(report)
 
 
 def _says(report: AuditReport, check: str, message: str) -> list[str]:
