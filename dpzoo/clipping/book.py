@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dpzoo.clipping.uses import Direct, Use, inner_product
+from dpzoo.clipping.uses import Direct, LayerInput, Use, inner_product
 from dpzoo.errors import InputError
 
 
@@ -19,6 +19,23 @@ class Book:
         self.rows = rows
         self._uses: dict[torch.Tensor, list[Use]] = {}
         self._squared: dict[torch.Tensor, torch.Tensor] = {}
+        self._input: LayerInput | None = None
+
+    def input_of(self, x: torch.Tensor) -> LayerInput:
+        """A linear layer's input, shared with the layer before in the backward pass if it is its too.
+
+        Args:
+            x: (rows, ..., features).
+        """
+        if self._input is None or not self._input.is_of(x):
+            self._seal_input()
+            self._input = LayerInput(x)
+        return self._input
+
+    def _seal_input(self) -> None:
+        if self._input is not None:
+            self._input.seal()
+        self._input = None
 
     def add(self, parameter: torch.Tensor, use: Use, name: str) -> None:
         """Enter a use of a parameter and bring its norms up to date.
@@ -52,6 +69,7 @@ class Book:
 
     def squared_norms(self) -> dict[torch.Tensor, torch.Tensor]:
         """Parameter -> squared norms of its rows' gradients, (rows,), as far as any were reached."""
+        self._seal_input()
         return {parameter: value.clamp(min=0) for parameter, value in self._squared.items()}
 
     def close(

@@ -97,6 +97,15 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             return {None: self.max_grad_norm / (norms + self.gamma)}
         return {None: _clipped(self.max_grad_norm, norms)}
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and the sums of a logical batch that is over.
+
+        Args:
+            set_to_none: free ``grad`` (as in torch.optim, and unlike Opacus, the default): the sums
+                of the next batch are new tensors, beside which zeros would be kept for nothing.
+        """
+        super().zero_grad(set_to_none)
+
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale the sums, unless the step is one of a logical batch's earlier parts."""
         if self._check_skip_next_step():

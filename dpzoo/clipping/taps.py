@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpzoo.clipping.book import Book
-from dpzoo.clipping.uses import Direct, Lookup, projection, wide
+from dpzoo.clipping.uses import Direct, Lookup, positions_of, projection, wide
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
 
@@ -27,20 +27,15 @@ Entry = Callable[[Book, Any, str, torch.Tensor, torch.Tensor], None]
 """(book, module, name, input, gradient of the output) -> None: enter a module's uses."""
 
 
-def _positions(x: torch.Tensor) -> torch.Tensor:
-    """(n, ..., features) -> (n, positions, features)."""
-    return x.reshape(x.shape[0], x[0, ..., 0].numel() if len(x) else 0, x.shape[-1])
-
-
 def enter_linear(
     book: Book, module: nn.Linear, name: str, x: torch.Tensor, g: torch.Tensor
 ) -> None:
     """Weight by `projection`, bias as a vector."""
-    inputs, grads = wide(_positions(x)), wide(_positions(g))
+    grads = wide(positions_of(g))
     if module.bias is not None and module.bias.requires_grad:
         book.add(module.bias, Direct(grads.sum(1)), name)
     if module.weight.requires_grad:
-        book.add(module.weight, projection(grads, inputs), name)
+        book.add(module.weight, projection(grads, book.input_of(x)), name)
 
 
 def enter_embedding(
@@ -52,7 +47,7 @@ def enter_embedding(
             f"{name} is an Embedding with max_norm, scale_grad_by_freq or sparse, which make a row's "
             f"gradient depend on other rows or have no dense form. Wanted a plain one."
         )
-    grads = wide(_positions(g))
+    grads = wide(positions_of(g))
     ids = ids.reshape(grads.shape[:2])
     if module.padding_idx is not None:
         grads = grads.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)

@@ -28,17 +28,74 @@ SHORTEST_STRIP = 32
 """Below this many positions a strip is too small to be worth a product of its own."""
 
 
+def positions_of(x: torch.Tensor) -> torch.Tensor:
+    """(n, ..., features) -> (n, positions, features)."""
+    return x.reshape(x.shape[0], x[0, ..., 0].numel() if len(x) else 0, x.shape[-1])
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or as it is if it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class LayerInput:
+    """The input of one or several linear layers: what they share is computed once.
+
+    Query, key and value projections read one tensor. Its Gram matrix is a good part of each one's
+    norm, and scaling it by the clip factors serves all their weighted sums.
+
+    Args:
+        source: the input, (n, ..., features).
+    """
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self.source: torch.Tensor | None = source
+        self.positions = wide(positions_of(source))
+        self.readers = 0
+        self._grams: dict[tuple[int, int], torch.Tensor] = {}
+        self._scaled: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def is_of(self, source: torch.Tensor) -> bool:
+        """Whether ``source`` is this input: the same memory, unchanged since."""
+        own = self.source
+        return own is not None and (
+            (own.data_ptr(), own.shape, own.stride(), own.dtype, own._version)
+            == (source.data_ptr(), source.shape, source.stride(), source.dtype, source._version)
+        )
+
+    def seal(self) -> None:
+        """No more readers: let go of what only a further one would need."""
+        self.source = None
+        self._grams.clear()
+
+    def gram(self, rows: slice, columns: slice) -> torch.Tensor:
+        """``<r_t, r_s>`` for t in ``rows`` and s in ``columns``, (n, rows, columns)."""
+        key = (rows.start, columns.start)
+        if key not in self._grams:
+            self._grams[key] = _gram(self.positions, rows, self.positions, columns)
+        return self._grams[key]
+
+    def scaled(self, weights: torch.Tensor) -> torch.Tensor:
+        """The positions of row i times ``weights[i]``, (n, t, features)."""
+        if self._scaled is None or self._scaled[0] is not weights:
+            self._scaled = (weights, self.positions * weights.view(-1, 1, 1))
+        return self._scaled[1]
+
+
 @dataclass
 class Projection:
-    """A linear layer's use of its weight: ``grads`` (n, t, out) and ``inputs`` (n, t, in)."""
+    """A linear layer's use of its weight: ``grads`` (n, t, out), and an input of (n, t, in)."""
 
     grads: torch.Tensor
-    inputs: torch.Tensor
+    input: LayerInput
+
+    def __post_init__(self) -> None:
+        self.input.readers += 1
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """(n, t, in)."""
+        return self.input.positions
 
     def squared_norm(self) -> torch.Tensor:
         """``sum_ts <l_t, l_s> <r_t, r_s>``, (n,), with the symmetry of both Gram matrices."""
@@ -49,20 +106,23 @@ class Projection:
         total = self.grads.new_zeros(n)
         for start in range(0, length, strip):
             rows = slice(start, start + strip)
-            diagonal = _gram_product(self, rows, self, rows)
-            total += diagonal
+            total += self._gram_product(rows, rows)
             if start:
-                total += 2 * _gram_product(self, rows, self, slice(0, start))
+                total += 2 * self._gram_product(rows, slice(0, start))
         return total
+
+    def _gram_product(self, rows: slice, columns: slice) -> torch.Tensor:
+        left = _gram(self.grads, rows, self.grads, columns)
+        return torch.linalg.vecdot(left.flatten(1), self.input.gram(rows, columns).flatten(1))
 
     def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
         """``total + sum_i weights_i G_i``, (out, in); in place where there is a total."""
         grads, inputs = self.grads, self.inputs
-        scale = weights.view(-1, 1, 1)
-        if grads.shape[-1] <= inputs.shape[-1]:
-            grads = grads * scale
+        out, into = grads.shape[-1], inputs.shape[-1]
+        if into <= out * self.input.readers and (self.input.readers > 1 or into < out):
+            inputs = self.input.scaled(weights)
         else:
-            inputs = inputs * scale
+            grads = grads * weights.view(-1, 1, 1)
         left, right = grads.flatten(0, 1).t(), inputs.flatten(0, 1)
         if total is None:
             return left @ right
@@ -70,7 +130,7 @@ class Projection:
 
     def select(self, rows: torch.Tensor) -> Projection:
         """The same use of a subset of the rows."""
-        return Projection(self.grads[rows], self.inputs[rows])
+        return Projection(self.grads[rows], LayerInput(self.inputs[rows]))
 
 
 @dataclass
@@ -147,7 +207,9 @@ def inner_product(a: Use, b: Use) -> torch.Tensor:
         index = b.ids.unsqueeze(-1).expand_as(b.grads)
         return (a.grads.gather(1, index) * b.grads).sum((1, 2))
     if isinstance(a, Projection) and isinstance(b, Projection):
-        return _gram_product(a, slice(None), b, slice(None))
+        left = torch.matmul(a.grads, b.grads.transpose(1, 2))
+        right = torch.matmul(a.inputs, b.inputs.transpose(1, 2))
+        return torch.linalg.vecdot(left.flatten(1), right.flatten(1))
     if isinstance(a, Projection) and isinstance(b, Lookup):
         # l_s[id_t], (n, s, t): no tensor has both a vocabulary and a hidden dimension.
         index = b.ids.unsqueeze(1).expand(-1, a.grads.shape[1], -1)
@@ -159,7 +221,7 @@ def inner_product(a: Use, b: Use) -> torch.Tensor:
     return (torch.matmul(a.grads, b.grads.transpose(1, 2)) * same).sum((1, 2))
 
 
-def projection(grads: torch.Tensor, inputs: torch.Tensor) -> Use:
+def projection(grads: torch.Tensor, input: LayerInput) -> Use:
     """A linear layer's use, in the form that costs least.
 
     Per row, with t positions and a weight of (out, in), counting multiply-adds: the norm by Gram
@@ -169,16 +231,14 @@ def projection(grads: torch.Tensor, inputs: torch.Tensor) -> Use:
 
     Args:
         grads: gradients of the output, (n, t, out).
-        inputs: the layer's input, (n, t, in).
+        input: the layer's input, (n, t, in).
     """
-    length, out, into = grads.shape[1], grads.shape[2], inputs.shape[2]
+    length, out, into = grads.shape[1], grads.shape[2], input.positions.shape[2]
     if length > 1 and out * into <= length * (out + into):
-        return Direct(torch.matmul(grads.transpose(1, 2), inputs))
-    return Projection(grads, inputs)
+        return Direct(torch.matmul(grads.transpose(1, 2), input.positions))
+    return Projection(grads, input)
 
 
-def _gram_product(a: Projection, rows: slice, b: Projection, columns: slice) -> torch.Tensor:
-    """``sum_ts <l_t, l_s> <r_t, r_s>`` for t in ``rows`` of a and s in ``columns`` of b, (n,)."""
-    left = torch.matmul(a.grads[:, rows], b.grads[:, columns].transpose(1, 2))
-    right = torch.matmul(a.inputs[:, rows], b.inputs[:, columns].transpose(1, 2))
-    return torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+def _gram(a: torch.Tensor, rows: slice, b: torch.Tensor, columns: slice) -> torch.Tensor:
+    """``<a_t, b_s>`` for t in ``rows`` of (n, t, d) and s in ``columns``, (n, rows, columns)."""
+    return torch.matmul(a[:, rows], b[:, columns].transpose(1, 2))

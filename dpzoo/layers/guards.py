@@ -16,7 +16,7 @@ def under_ghost(model: nn.Module) -> bool:
     for module in model.modules():
         for hook in module._forward_hooks.values():
             owner = getattr(hook, "__self__", None)
-            if hasattr(owner, "get_clipping_coef"):
+            if hasattr(type(owner), "get_clipping_coef"):
                 return bool(getattr(owner, "hooks_enabled", True))
     return False
 

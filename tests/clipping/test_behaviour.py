@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import dpzoo
-from dpzoo.clipping.uses import Direct, Lookup, Projection, inner_product
+from dpzoo.clipping.uses import Direct, LayerInput, Lookup, Projection, inner_product
 from tests.modes import Step, assert_step_is_exact, oracle_norms
 from tests.support import (
     NAMES,
@@ -153,7 +153,9 @@ def test_every_pair_of_uses_has_its_inner_product() -> None:
     ids = torch.randint(0, size, (n, 6))
     uses: list[tuple[Any, torch.Tensor]] = []
     grads, inputs = torch.randn(n, 4, size), torch.randn(n, 4, hidden)
-    uses.append((Projection(grads, inputs), torch.einsum("nto,nti->noi", grads, inputs)))
+    uses.append(
+        (Projection(grads, LayerInput(inputs)), torch.einsum("nto,nti->noi", grads, inputs))
+    )
     vectors = torch.randn(n, 6, hidden)
     table = torch.zeros(n, size, hidden).scatter_add_(
         1, ids.unsqueeze(-1).expand_as(vectors), vectors
