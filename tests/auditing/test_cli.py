@@ -10,7 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from dpzoo.cli import example_batch, main
+from dpzoo.cli import main
+from dpzoo.example_batch import example_batch
 from dpzoo.registry import stock_class
 from tests.support import NAMES, TASK, class_by_name, stock_model, tiny_config
 
