@@ -2,14 +2,19 @@
 
 import importlib.metadata
 import importlib.resources
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers import AutoConfig
@@ -60,7 +65,7 @@ def tracked_files() -> list[Path]:
         if listed.returncode == 0:
             paths = (ROOT / name for name in listed.stdout.split("\0") if name)
             return [path for path in paths if path.is_file()]
-    folders = (".ci", "configs", "conversion", "dpzoo", "examples", "tests")
+    folders = (".ci", "configs", "conversion", "docs", "dpzoo", "examples", "tests")
     below = [path for name in folders for path in (ROOT / name).rglob("*")]
     paths = [*ROOT.iterdir(), *below]
     return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
@@ -80,6 +85,135 @@ def test_the_changelog_knows_the_version() -> None:
 def test_the_package_is_marked_as_typed() -> None:
     assert importlib.resources.files(dpzoo).joinpath("py.typed").is_file()
     assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"]["dpzoo"]
+
+
+# --- what the archives hold ---------------------------------------------------------------------
+
+BUILD = """
+import sys, setuptools.build_meta as backend
+place = sys.argv[1]  # which setuptools overwrites
+backend.build_sdist(place)
+backend.build_wheel(place)
+"""
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Names in the wheel and in the source archive, built from a copy of the tree."""
+    tree, dist = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for path in tracked_files():
+        copy = tree / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    for path in (one for one in (ROOT / "dpzoo").iterdir() if one.is_symlink()):
+        (tree / "dpzoo" / path.name).symlink_to(os.readlink(path))
+    subprocess.run(
+        [sys.executable, "-c", BUILD, str(dist)], cwd=tree, capture_output=True, check=True
+    )
+    (wheel,) = dist.glob("*.whl")
+    (source,) = dist.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as file:
+        in_wheel = {name for name in file.namelist() if not name.endswith("/")}
+    with tarfile.open(source) as file:
+        members = [one for one in file.getmembers() if one.isfile()]
+        in_source = {one.name.split("/", 1)[1] for one in members}
+    return {"wheel": in_wheel, "source": in_source}
+
+
+def test_the_wheel_holds_what_the_library_needs(archives: dict[str, set[str]]) -> None:
+    inside = {name for name in archives["wheel"] if ".dist-info/" not in name}
+    code = {
+        path.relative_to(ROOT).as_posix()
+        for path in tracked_files()
+        if path.is_relative_to(ROOT / "dpzoo") and path.suffix == ".py"
+    }
+    data = {"dpzoo/py.typed", "dpzoo/catalogue.toml"}
+    data |= {f"dpzoo/tiny_configs/{path.name}" for path in CONFIGS}
+    assert inside == code | data
+    assert any(name.endswith("licenses/LICENSE") for name in archives["wheel"])
+
+
+def test_the_source_archive_holds_what_git_has(archives: dict[str, set[str]]) -> None:
+    """All that one needs to build, test and run everything; only git's and CI's own files are left out."""
+    wanted = {path.relative_to(ROOT).as_posix() for path in tracked_files()}
+    wanted -= {name for name in wanted if name.startswith(".")}
+    assert sorted(wanted - archives["source"]) == []
+
+
+def test_the_tiny_configs_are_the_packages_too() -> None:
+    """configs/models is one folder under two names; the wheel has it as dpzoo/tiny_configs."""
+    folder = importlib.resources.files(dpzoo).joinpath("tiny_configs")
+    for path in CONFIGS:
+        assert folder.joinpath(path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_extras() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert {"peft", "cli", "bench", "test", "docs"} <= extras.keys()
+    assert any(line.startswith("rich") for line in extras["cli"])
+    assert any(line.startswith("matplotlib") for line in extras["bench"])
+
+
+# --- what an import costs -----------------------------------------------------------------------
+
+IMPORT = """
+import json, sys, time
+import torch, transformers, opacus
+from transformers import (
+    BertModel, DistilBertModel, GPT2Model, PreTrainedModel, RobertaModel, initialization
+)
+from opacus.grad_sample import GradSampleModule
+before = set(sys.modules)
+start = time.perf_counter()
+import dpzoo
+seconds = time.perf_counter() - start
+import dpzoo.cli
+print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
+"""
+
+
+def test_an_import_brings_nothing_along_and_is_quick() -> None:
+    """What transformers loads late for the models that are imported here is its own."""
+    command = [sys.executable, "-c", IMPORT]
+    runs = [
+        json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        )
+        for _ in range(2)
+    ]
+    brought = set(runs[0][1]) - set(sys.stdlib_module_names)
+    # What is there for one command or one adapter is imported by it, when it runs.
+    assert not brought & {"peft", "accelerate", "rich", "matplotlib", "yaml", "pandas", "sklearn"}
+    # A tenth of this on an idle machine; the smaller of two, because tests share theirs.
+    assert min(seconds for seconds, _ in runs) < 1.0
+
+
+# --- files about the project --------------------------------------------------------------------
+
+
+def test_the_citation_is_valid_and_of_this_version() -> None:
+    """The required keys of CFF 1.2.0, and the kinds of its references."""
+    data = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert data["cff-version"] == "1.2.0"
+    assert data["type"] == "software"
+    assert data["version"] == dpzoo.__version__
+    assert data["license"] == PROJECT["license"]
+    assert data["title"].startswith("dpzoo")
+    assert data["message"]
+    for one in (data, *data["references"]):
+        assert one["title"]
+        for author in one["authors"]:
+            assert author.keys() in ({"name"}, {"family-names", "given-names"})
+    for one in data["references"]:
+        assert one.keys() == {"type", "title", "authors", "year", "url"}
+        assert one["type"] == "article"
+
+
+def test_the_security_notes_say_what_they_must() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for word in ("secure_mode", "one row", "Mironov", "pytorch_model.bin", "privately"):
+        assert word in text
+    assert "@" not in text, "an address that nobody confirmed"
 
 
 def test_every_constraint_is_exact_and_said_once() -> None:
