@@ -33,7 +33,7 @@ class Progress:
         self._budget = budget
         self._done = 0
         self._rows = 0
-        self._right = 0
+        self._right: int | None = None
         self._loss = 0.0
         self._began = time.monotonic()
         console = Console()
@@ -66,23 +66,26 @@ class Progress:
     def count(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Take in a physical batch: logits (batch, labels), labels (batch,). The batch may be empty."""
         logits = logits.detach()
-        self._rows += len(labels)
-        self._right += int((logits.argmax(1) == labels).sum()) if len(labels) else 0
-        self._loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        self.add(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+        right = int((logits.argmax(1) == labels).sum()) if len(labels) else 0
+        self._right = (self._right or 0) + right
+
+    def add(self, losses: torch.Tensor) -> None:
+        """Take in a physical batch by the losses of its rows, (batch,), where accuracy means nothing."""
+        self._rows += len(losses)
+        self._loss += float(losses.detach().sum())
 
     def step(self, epsilon: Callable[[], float] | None = None) -> None:
         """Take in that the weights have moved. `epsilon` gives what has been spent by now."""
         self._done += 1
         every = math.ceil(self._steps / _UPDATES)
         if self._done % every == 0 or self._done == self._steps:
-            figures = (
-                f"loss {self._loss / max(1, self._rows):.3f}  "
-                f"accuracy {self._right / max(1, self._rows):.1%}"
-            )
+            figures = f"loss {self._loss / max(1, self._rows):.3f}"
+            if self._right is not None:
+                figures += f"  accuracy {self._right / max(1, self._rows):.1%}"
             if epsilon is not None:
                 figures += f"  epsilon {epsilon():.2f} of {self._budget:g}"
-            self._rows = self._right = 0
-            self._loss = 0.0
+            self._rows, self._loss, self._right = 0, 0.0, None
             if self._bar is None:
                 seconds = time.monotonic() - self._began
                 print(
