@@ -8,10 +8,15 @@ import opacus
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
+from dpzoo.clipping.adaptive import AdaptiveBookKeepingOptimizer
 from dpzoo.clipping.loss import PrivateCriterion
 from dpzoo.clipping.module import BookKeepingHooks, BookKeepingModule
 from dpzoo.clipping.optimizer import BookKeepingOptimizer, DistributedBookKeepingOptimizer
 from dpzoo.data import prime_empty_batches
+from dpzoo.errors import InputError
+
+NOISE_STATE = "dpzoo_noise_state"
+"""Key of a checkpoint."""
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -24,8 +29,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss.backward()
         optimizer.step()
 
-    All other modes, the accountants and checkpoints are Opacus' own. ``clipping`` may be "flat",
-    "per_layer" or "automatic" (`dpzoo.clipping.optimizer.BookKeepingOptimizer`).
+    All other modes and the accountants are Opacus' own. ``clipping`` may be "flat", "per_layer",
+    "automatic" (`dpzoo.clipping.optimizer.BookKeepingOptimizer`) or "adaptive", with Opacus' arguments
+    for it (`dpzoo.clipping.adaptive.AdaptiveBookKeepingOptimizer`).
 
     Guarantees:
         Each logical step adds N(0, (noise_multiplier * max_grad_norm)^2) noise, once, to a sum in
@@ -104,5 +110,56 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if isinstance(optimizer, opacus.optimizers.DPOptimizer):
             optimizer = optimizer.original_optimizer
         generator = self.secure_rng if self.secure_mode else noise_generator
-        kind = DistributedBookKeepingOptimizer if distributed else BookKeepingOptimizer
+        kind: type[BookKeepingOptimizer] = BookKeepingOptimizer
+        if kwargs.get("clipping") == "adaptive":
+            if distributed:
+                raise InputError(
+                    "grad_sample_mode='bk' got clipping='adaptive' with distributed=True, wanted one of "
+                    "the two: the count of rows that were not clipped is of one process alone."
+                )
+            kind = AdaptiveBookKeepingOptimizer
+        elif distributed:
+            kind = DistributedBookKeepingOptimizer
         return kind(optimizer, generator=generator, secure_mode=self.secure_mode, **kwargs)
+
+    def save_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: nn.Module,
+        optimizer: Any = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As Opacus', with the state of the noise where the optimizer is one of mode "bk".
+
+        Whoever reads the file can compute the noise of the coming steps: keep it as the data are kept.
+        """
+        saved = dict(checkpoint_dict or {})
+        if isinstance(optimizer, BookKeepingOptimizer):
+            saved[NOISE_STATE] = optimizer.noise_state()
+        super().save_checkpoint(
+            path=path, module=module, optimizer=optimizer, checkpoint_dict=saved, **kwargs
+        )
+
+    def load_checkpoint(
+        self, *, path: Any, module: nn.Module, optimizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Opacus'; an optimizer of mode "bk" goes on with the noise that would have come.
+
+        Raises:
+            InputError: the optimizer is one of mode "bk", and the file has no noise state or another
+                kind of it.
+        """
+        loaded: dict[str, Any] = super().load_checkpoint(
+            path=path, module=module, optimizer=optimizer, **kwargs
+        )
+        state = loaded.pop(NOISE_STATE, None)
+        if isinstance(optimizer, BookKeepingOptimizer):
+            if state is None:
+                raise InputError(
+                    f"{path} has no noise state, wanted a checkpoint that was saved in "
+                    f"grad_sample_mode='bk'. To go on from another mode, load it without the optimizer."
+                )
+            optimizer.load_noise_state(state)
+        return loaded

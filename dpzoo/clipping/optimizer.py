@@ -29,7 +29,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         secure_mode: noise as Opacus' secure mode makes it.
         clipping: "flat": min(1, C / (norm + 1e-6)). "per_layer": the same of each parameter by
             itself. "automatic": C / (norm + gamma), every row brought to (almost) norm C (Bu et al.
-            2022, arXiv 2206.07136).
+            2022, arXiv 2206.07136). "adaptive" is `dpzoo.clipping.adaptive`'s.
         gamma: of automatic clipping.
 
     Guarantees:
@@ -56,7 +56,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 f"grad_sample_mode='bk' got clipping={clipping!r}, wanted one of {CLIPPINGS}."
             )
         self.clipping, self.gamma = clipping, gamma
-        self.max_grad_norms = None
+        self._shares: list[float] | None = None  # of each parameter in max_grad_norm, per layer
         if clipping == "per_layer":
             count = sum(len(group["params"]) for group in optimizer.param_groups)
             if not isinstance(max_grad_norm, (list, tuple)) or len(max_grad_norm) != count:
@@ -64,8 +64,9 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                     f"clipping='per_layer' got max_grad_norm={max_grad_norm!r}, wanted a list of "
                     f"{count} numbers, one for each parameter of the optimizer."
                 )
-            self.max_grad_norms = [float(norm) for norm in max_grad_norm]
-            max_grad_norm = float(torch.tensor(self.max_grad_norms, dtype=torch.float64).norm())
+            norms = torch.tensor(max_grad_norm, dtype=torch.float64)
+            max_grad_norm = float(norms.norm())
+            self._shares = (norms / max_grad_norm).tolist()
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -77,6 +78,51 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             **kwargs,
         )
         self._streams = NoiseStreams(generator)
+        self._clipped_at = 0.0  # the largest norm that a row of the present sums may have
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """Standard deviation of the gradients' noise in units of the clipping norm."""
+        return self.noise_multiplier
+
+    def noise_state(self) -> dict[str, Any]:
+        """What the noise of the coming steps depends on: secret, as long as the run's data are.
+
+        Empty in secure mode, whose noise cannot be drawn a second time.
+        """
+        if self.secure_mode:
+            return {}
+        own = self.generator
+        return {
+            "streams": self._streams.state(),
+            "generator": None if own is None else own.get_state(),
+            "max_grad_norm": float(self.max_grad_norm),
+        }
+
+    def load_noise_state(self, state: dict[str, Any]) -> None:
+        """Go on where `noise_state` was taken: the noise that comes is the one that would have come.
+
+        Raises:
+            InputError: the state has a generator's and this optimizer has none, or the reverse; or
+                exactly one of the two is in secure mode.
+        """
+        if self.secure_mode != (not state):
+            raise InputError(
+                f"The noise state is one {'of' if not state else 'without'} secure mode, wanted one "
+                f"{'without' if not state else 'of'} it: make the engine as the saved one was made."
+            )
+        if not state:
+            return
+        if (state["generator"] is None) != (self.generator is None):
+            raise InputError(
+                f"The noise state has {'no' if state['generator'] is None else 'a'} generator's "
+                f"state, and make_private got noise_generator={self.generator!r}. Wanted both or "
+                f"neither: make the engine as the saved one was made."
+            )
+        self._streams.load_state(state["streams"])
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+        self.max_grad_norm = state["max_grad_norm"]
 
     def clip_factors(
         self, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
@@ -87,10 +133,11 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             squared: parameter -> squared norms of the rows, (rows,).
             norms: norms of the rows over all parameters, (rows,).
         """
-        if self.max_grad_norms is not None:
-            clips = dict(zip(self._all_parameters(), self.max_grad_norms, strict=True))
+        self._clipped_at = max(self._clipped_at, self.max_grad_norm)
+        if self._shares is not None:
+            shares = dict(zip(self._all_parameters(), self._shares, strict=True))
             return {
-                parameter: _clipped(clips[parameter], values.sqrt())
+                parameter: _clipped(shares[parameter] * self.max_grad_norm, values.sqrt())
                 for parameter, values in squared.items()
             }
         if self.clipping == "automatic":
@@ -125,7 +172,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             if total is None:
                 total = torch.zeros_like(parameter)
             grads.append(total.to(parameter.dtype) if total.dtype != parameter.dtype else total)
-        self._noise_in_place(grads, self.noise_multiplier * self.max_grad_norm)
+        # A scheduler may have changed max_grad_norm since the rows were clipped.
+        clipped_at = max(self._clipped_at, self.max_grad_norm)
+        self._noise_in_place(grads, self.gradient_noise_multiplier * clipped_at)
+        self._clipped_at = 0.0
         for parameter, grad in zip(self.params, grads, strict=True):
             parameter.grad = grad.view_as(parameter)
             parameter.summed_grad = None
