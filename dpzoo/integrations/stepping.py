@@ -1,0 +1,144 @@
+"""A logical step in parts, alike in the modes bk, ghost and hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dpzoo.clipping import PrivacyEngine
+from dpzoo.errors import InputError
+from dpzoo.integrations.arguments import PrivacyArguments
+
+
+class RowLosses:
+    """The criterion of rows' losses, (rows,), as the engines take one."""
+
+    reduction = "mean"
+
+    def __call__(self, losses: torch.Tensor) -> torch.Tensor:
+        """The losses, or their mean; 0 without rows."""
+        return losses if self.reduction == "none" else losses.sum() / max(len(losses), 1)
+
+
+class PrivateStep:
+    """A model watched for per-row gradients, and the private optimizer around an ordinary one.
+
+    Args:
+        engine: gets the steps into its accountant.
+        model: the model; it is not wrapped.
+        optimizer: a torch optimizer of (some of) its parameters.
+        privacy: the run's.
+        noise_multiplier: the run's.
+        rows: of the training data.
+        logical: the expected rows of a batch.
+        device: the model's.
+
+    Raises:
+        InputError: an optimizer that is private already, or of other parameters.
+    """
+
+    def __init__(
+        self,
+        engine: PrivacyEngine,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        privacy: PrivacyArguments,
+        *,
+        noise_multiplier: float,
+        rows: int,
+        logical: int,
+        device: torch.device,
+    ) -> None:
+        _refuse_optimizer(optimizer, model)
+        self._mode = privacy.grad_sample_mode
+        generator = None
+        if not privacy.secure_mode:
+            generator = torch.Generator(device=device)
+            if privacy.noise_seed is None:
+                generator.seed()  # from the operating system: torch's own may be seeded by anyone
+            else:
+                generator.manual_seed(noise_seed(privacy.noise_seed))
+        # The engine wants a loader for its length. The batches come from PoissonBatches.
+        counted = DataLoader(TensorDataset(torch.empty(rows, 0)), batch_size=logical)
+        engine.dataset = None
+        self._hooks, self.optimizer, *criterion, _ = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            criterion=RowLosses(),
+            data_loader=counted,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            grad_sample_mode=privacy.grad_sample_mode,
+            clipping=privacy.clipping,
+            noise_generator=generator,
+            wrap_model=False,
+        )
+        self.criterion: Any = criterion[0] if criterion else RowLosses()
+        # Opacus rounds both to whole batches an epoch.
+        self.optimizer.expected_batch_size = logical
+        self.optimizer.attach_step_hook(
+            engine.accountant.get_optimizer_hook_fn(sample_rate=logical / rows)
+        )
+
+    def begin(self) -> None:
+        """Forget the last step's gradients."""
+        self.optimizer.zero_grad()
+
+    def end_part(self, *, last: bool) -> None:
+        """Add up a part's clipped sum, after its backward pass; the last one's is left to the step."""
+        self.optimizer.signal_skip_step(not last)
+        if not last:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def nothing(self) -> None:
+        """In the place of parts: the sum of no rows, to which the step adds its noise."""
+        for parameter in self.optimizer.params:
+            if self._mode == "ghost":
+                parameter.grad = torch.zeros_like(parameter)
+            elif self._mode == "hooks":
+                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+
+    def noise_state(self) -> dict[str, Any]:
+        """Where the noise goes on: secret. Empty in secure mode, whose noise cannot be drawn again."""
+        if self._mode == "bk":
+            state: dict[str, Any] = self.optimizer.noise_state()
+            return state
+        if self.optimizer.generator is None or self.optimizer.secure_mode:
+            return {}
+        return {"generator": self.optimizer.generator.get_state()}
+
+    def load_noise_state(self, state: dict[str, Any]) -> None:
+        """Go on where `noise_state` was taken."""
+        if self._mode == "bk":
+            self.optimizer.load_noise_state(state)
+        else:
+            self.optimizer.generator.set_state(state["generator"])
+
+    def detach(self) -> None:
+        """Leave the model as it was, an ordinary one."""
+        self._hooks.cleanup()
+
+
+def noise_seed(seed: int) -> int:
+    """64 bits for the noise; those for the batches are others."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0])
+
+
+def _refuse_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    if isinstance(optimizer, DPOptimizer):
+        raise InputError(
+            f"DPTrainer got a {type(optimizer).__name__} in optimizers, wanted a torch optimizer: it "
+            f"makes a private one of it."
+        )
+    own = set(model.parameters())
+    if not all(p in own for group in optimizer.param_groups for p in group["params"]):
+        raise InputError(
+            "DPTrainer got an optimizer of other parameters than the model's. A stock model is "
+            "converted: call model = dpzoo.convert(model) first, and make the optimizer of that."
+        )

@@ -1,0 +1,365 @@
+"""`DPTrainer`: transformers' Trainer, whose training is differentially private.
+
+How it fits into Trainer's loop, which is left as it is: that loop counts batches, and here one of its
+batches is a logical batch, a Poisson sample of any size, none included. `training_step` runs it part by
+part, and leaves the clipped sum to the optimizer, whose one step Trainer then takes. So epochs, max_steps,
+schedules, callbacks and the progress bar count logical steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from dpzoo.clipping import PrivacyEngine
+from dpzoo.errors import InputError
+from dpzoo.integrations.accounting import Account
+from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
+from dpzoo.integrations.batches import LogicalBatches, PoissonBatches, batch_key, identity, seeded
+from dpzoo.integrations.inputs import length_of, per_sample
+from dpzoo.integrations.state import PrivacyState, load_random_state, save_random_state
+from dpzoo.integrations.stepping import PrivateStep
+from dpzoo.losses import ModelLoss
+
+
+class DPTrainer(Trainer):
+    """`transformers.Trainer` with DP-SGD: per-row clipping, noise, Poisson sampling, accounting.
+
+        trainer = DPTrainer(model=model, args=args, train_dataset=rows, eval_dataset=held_out,
+                            privacy=PrivacyArguments(target_epsilon=8.0, max_grad_norm=0.1))
+        trainer.train()
+
+    The logical batch has ``per_device_train_batch_size * gradient_accumulation_steps`` rows on average,
+    of which ``per_device_train_batch_size`` at most are in memory at a time. The rest is Trainer's: it
+    evaluates, predicts, logs, saves stock checkpoints and resumes.
+
+    Args:
+        model: a dpzoo model, a PEFT model around one, or a stock transformers model, which is converted
+            (`dpzoo.convert`); the trained model is ``trainer.model``.
+        args: the `transformers.TrainingArguments`; ``trainer.args`` is a copy with the logical batch in
+            the place of the physical one.
+        data_collator: as Trainer's.
+        train_dataset: a data set with a length, whose rows are the unit of privacy.
+        *positional: Trainer's further arguments, by position.
+        privacy: the `PrivacyArguments`.
+        **options: Trainer's further arguments. ``compute_loss_func`` has to return losses of shape
+            (rows,), each of its row alone.
+
+    Raises:
+        InputError: an argument that cannot be honoured; the message names it and says what to do.
+        UnsupportedModelError: a model that cannot be converted.
+
+    Guarantees:
+        The weights after all steps, together, satisfy (``epsilon``, ``delta``) differential privacy for
+        adding or removing a row of ``train_dataset``, by the accountant's count. What Trainer logs of
+        training rows (the loss) is not private, and neither is a choice made by private evaluation rows.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *positional: Any,
+        privacy: PrivacyArguments | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(privacy, PrivacyArguments):
+            raise InputError(
+                f"DPTrainer got privacy={privacy!r}, wanted a PrivacyArguments, such as "
+                f"PrivacyArguments(target_epsilon=8.0)."
+            )
+        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
+        self.privacy = privacy
+        args, self._physical_rows = private_arguments(args, privacy.grad_sample_mode)
+        self._engine = PrivacyEngine(accountant=privacy.accountant, secure_mode=privacy.secure_mode)
+        self._account = Account(self._engine.accountant, args.output_dir)
+        self._batch_key = batch_key(privacy.noise_seed)
+        self._step: PrivateStep | None = None
+        self._noise_state: dict[str, Any] | None = None
+        self._data_state: dict[str, Any] | None = None
+        if train_dataset is not None:
+            self._count(train_dataset, args)
+        model = None if model is None else per_sample(model)
+        self._own_forward = None if model is None else model.__dict__.get("forward")
+        super().__init__(model, args, data_collator, train_dataset, *positional, **options)
+        self._given = self.optimizer, self.lr_scheduler
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As Trainer's; a stock model is converted."""
+        return per_sample(super().call_model_init(trial))
+
+    def _count(self, dataset: Any, args: TrainingArguments) -> None:
+        """Take the terms of the account from the number of rows."""
+        logical = args.per_device_train_batch_size
+        self._rows = length_of(dataset, logical)
+        self._account.delta = self.privacy.delta(self._rows)
+        self._account.sample_rate = logical / self._rows
+
+    # --- the privacy spent ----------------------------------------------------------------------
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon spent so far, at ``delta``; 0 before training, infinite without noise.
+
+        Guarantees:
+            Not below what was spent before by a killed run that this one goes on with, the steps after
+            the checkpoint included, where the ledger is beside the checkpoint.
+        """
+        return self._account.epsilon
+
+    @property
+    def delta(self) -> float | None:
+        """The run's delta; None without training rows."""
+        return self._account.delta
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The run's noise multiplier; None before training."""
+        return self._account.noise_multiplier
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with ``epsilon`` among the values and on the progress bar."""
+        if self.delta is not None:
+            logs["epsilon"] = self.epsilon
+            for callback in self.callback_handler.callbacks:
+                bar = getattr(callback, "training_bar", None)
+                if isinstance(callback, ProgressCallback) and bar is not None:
+                    bar.set_postfix_str(f"epsilon {logs['epsilon']:.3f}", refresh=False)
+        super().log(logs, start_time)
+
+    # --- the run --------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, privately. `dpzoo.integrations.state` tells what resuming costs.
+
+        Raises:
+            InputError: there are no training rows; the trainer has trained, and no checkpoint of that
+                run is given; the checkpoint has no privacy state; a setting that steps depend on, or the
+                data, are not what they were.
+        """
+        if self.train_dataset is None:
+            raise InputError("DPTrainer.train() got train_dataset=None, wanted a data set.")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+        self._count(self.train_dataset, self.args)
+        if isinstance(resume_from_checkpoint, str):
+            self._resume(resume_from_checkpoint)
+        else:
+            self._begin()
+        self.optimizer, self.lr_scheduler = self._given
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._detach()
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: every trial is a run on the same rows, and none of them would be accounted for.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "DPTrainer.hyperparameter_search() would train on the same rows in every trial, and count "
+            "none of it. Choose hyper-parameters on public data, or add up the trials' epsilons."
+        )
+
+    def _begin(self) -> None:
+        if self._account.begun:
+            raise InputError(
+                f"DPTrainer.train() was called again after {self._account.begun} steps, which have spent "
+                f"their epsilon already. Resume with resume_from_checkpoint=..., or make a new DPTrainer: "
+                f"the two runs' epsilons then add up."
+            )
+        self._noise_state = self._data_state = None
+
+    def _resume(self, checkpoint: str) -> None:
+        """Take up a checkpoint's account and random state, before anything trains."""
+        state = PrivacyState.load(checkpoint)
+        state.refuse_changes(self._settings())
+        random_state = load_random_state(checkpoint)
+        self._account.resume(state, checkpoint)
+        self._batch_key = int(random_state["key"], 16)
+        self._noise_state, self._data_state = random_state["noise"], random_state["data"]
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that a step depends on, but for weights and data, as JSON has it."""
+        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        more = {
+            "rows of train_dataset": self._rows,
+            "rows of a physical batch": self._physical_rows,
+            "class of the model": type(self.model).__name__,
+            "trained parameters": [len(trained), sum(trained)],
+        }
+        privacy = replace(self.privacy, target_delta=self.delta)
+        return settings_of(self.args, privacy, more)
+
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self._noise_state is None:
+            self._account.choose_noise(self.privacy, max_steps)
+        self.model.train()
+        self.create_optimizer()
+        noise_multiplier = self._account.noise_multiplier
+        assert noise_multiplier is not None
+        self._step = PrivateStep(
+            self._engine,
+            self.model,
+            self.optimizer,
+            self.privacy,
+            noise_multiplier=noise_multiplier,
+            rows=self._rows,
+            logical=self.args.per_device_train_batch_size,
+            device=self.args.device,
+        )
+        if self._noise_state is not None:
+            self._step.load_noise_state(self._noise_state)
+        self.optimizer = self._step.optimizer
+        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        self._unwrap_forward()
+        return prepared
+
+    def _unwrap_forward(self) -> None:
+        # Under bf16 accelerate puts a forward() on the model that rebuilds the outputs, without the
+        # rows' losses. `autocast_smart_context_manager` does the other half of its work.
+        self.model.__dict__.pop("forward", None)
+        if self._own_forward is not None:
+            self.model.forward = self._own_forward
+
+    def _detach(self) -> None:
+        if self._step is not None:
+            self._step.detach()
+            self._step = None
+
+    # --- batches --------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Logical batches: Poisson samples, each in collated parts.
+
+        Raises:
+            InputError: rows are not the same the second time, so that a resumed run could not take the
+                same steps again; or they are not those of the run that is resumed.
+        """
+        args = self.args
+        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        batches = LogicalBatches(self.train_dataset, collate, self._physical_rows, args.seed)
+        self._data_state = batches.reproducible(self._data_state)
+        sampler = PoissonBatches(
+            self._rows,
+            args.per_device_train_batch_size / self._rows,
+            math.ceil(self._rows / args.per_device_train_batch_size),
+            None if self.privacy.secure_mode else self._batch_key,
+            lambda: self.state.global_step,
+        )
+        return DataLoader(
+            batches,
+            batch_sampler=sampler,
+            collate_fn=identity,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Trainer's, of a logical batch."""
+        count = super().floating_point_ops
+        return sum(count(part) for part in inputs["parts"])
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for part in inputs["parts"]:
+            super()._track_num_input_tokens(part)
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of a logical batch, part by part; the clipped sum is the optimizer's.
+
+        Args:
+            model: the model.
+            inputs: a logical batch, as `LogicalBatches` gives it.
+            num_items_in_batch: not used: rows weigh alike, whatever the number of their tokens.
+
+        Returns:
+            The mean of the rows' losses, not private; 0 for an empty batch.
+        """
+        number, parts, private = inputs["step"], inputs["parts"], self._step
+        assert private is not None
+        if number != self.state.global_step:
+            raise InputError(
+                f"The batch of step {number} came at step {self.state.global_step}, and a batch is drawn "
+                f"for one step alone. Wanted the batches of DPTrainer.get_train_dataloader(), in order."
+            )
+        self._account.begin_step(number + 1)
+        model.train()
+        total, rows = torch.zeros((), device=self.args.device), 0
+        private.begin()
+        with seeded(self.args.seed, number, 1):  # dropout
+            for i, part in enumerate(parts):
+                with self.compute_loss_context_manager():
+                    losses = self._row_losses(model, self._prepare_inputs(part))
+                    loss = private.criterion(losses)
+                loss.backward()
+                private.end_part(last=i + 1 == len(parts))
+                total += losses.detach().sum().float()
+                rows += len(losses)
+        if not parts:
+            private.nothing()
+        return total / max(rows, 1)
+
+    def _row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.compute_loss_func is None:
+            return ModelLoss("none")(model(**inputs))
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        losses = self.compute_loss_func(model(**inputs), labels, num_items_in_batch=None)
+        rows = len(next(iter(inputs.values())))
+        if tuple(losses.shape) != (rows,):
+            raise InputError(
+                f"compute_loss_func gave a loss of shape {tuple(losses.shape)}, wanted ({rows},): one for "
+                f"each row, of that row alone, without a mean over the batch."
+            )
+        return losses
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Autocast under bf16, in training and evaluation."""
+        return self.accelerator.autocast()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        # Trainer asks before the step, when there is no noise in the gradients yet: not private.
+        return None
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        os.makedirs(folder, exist_ok=True)
+        # First the privacy: Trainer deletes older checkpoints in the end, and a kill can come any time.
+        self._account.state(step, self._settings()).save(folder)
+        # A checkpoint without the optimizer's state, or with noise that cannot be drawn again, is not
+        # one to resume from.
+        if (
+            self._step is not None
+            and not self.privacy.secure_mode
+            and not self.args.save_only_model
+        ):
+            noise = self._step.noise_state()
+            key = f"{self._batch_key:x}"
+            save_random_state({"key": key, "noise": noise, "data": self._data_state}, folder)
+        super()._save_checkpoint(model, trial)
