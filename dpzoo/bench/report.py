@@ -150,7 +150,8 @@ class BenchReport:
             panel.set_xlabel(axis)
             panel.set_ylabel(f"{title} / non-private")
             panel.grid(alpha=0.3)
-            panel.legend(fontsize=8)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize=8)
 
 
 def _cell(m: Measurement, key: str) -> str:

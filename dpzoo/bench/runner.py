@@ -96,7 +96,7 @@ def _trial(workload: Workload, mode: str, say: Progress) -> str | None:
     say(f"{mode}: trying")
     try:
         Step(workload.with_shape(2, min(workload.seq, 8)), mode)("step")
-    except (DpzooError, RuntimeError, NotImplementedError, ValueError) as error:
+    except (DpzooError, RuntimeError, TypeError, ValueError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
 

@@ -241,4 +241,4 @@ def projection(grads: torch.Tensor, input: LayerInput) -> Use:
 
 def _gram(a: torch.Tensor, rows: slice, b: torch.Tensor, columns: slice) -> torch.Tensor:
     """``<a_t, b_s>`` for t in ``rows`` of (n, t, d) and s in ``columns``, (n, rows, columns)."""
-    return torch.matmul(a[:, rows], b[:, columns].transpose(1, 2))
+    return torch.bmm(a[:, rows], b[:, columns].transpose(1, 2))
