@@ -1,58 +1,65 @@
 """What the zoo holds: (family, task) -> class, and dpzoo class <-> stock class.
 
 A class has the name of the transformers class that it replaces; a new family is a file in
-`dpzoo.models`, a line in `FAMILIES`, and its entries in `TASKS`.
+`dpzoo.models`, a line in `FAMILIES`, and its entries in `TASKS`, or, outside the package,
+`register_family`.
 """
 
 import difflib
-from types import MappingProxyType
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
 
-from dpzoo.errors import UnsupportedModelError
+from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.models import bert, distilbert, gpt2, roberta
 from dpzoo.models.base import PerSampleModel
 
-FAMILIES = MappingProxyType(
-    {"bert": bert, "roberta": roberta, "distilbert": distilbert, "gpt2": gpt2}
-)
+_FAMILIES: dict[str, ModuleType] = {
+    "bert": bert,
+    "roberta": roberta,
+    "distilbert": distilbert,
+    "gpt2": gpt2,
+}
+
+FAMILIES = MappingProxyType(_FAMILIES)
 """Family (transformers' ``model_type``) -> the module with its classes."""
 
-TASKS = MappingProxyType(
-    {
-        "base": ("BertModel", "RobertaModel", "DistilBertModel", "GPT2Model"),
-        "pre-training": ("BertForPreTraining",),
-        "masked-lm": ("BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM"),
-        "causal-lm": ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel"),
-        "next-sentence-prediction": ("BertForNextSentencePrediction",),
-        "sequence-classification": (
-            "BertForSequenceClassification",
-            "RobertaForSequenceClassification",
-            "DistilBertForSequenceClassification",
-            "GPT2ForSequenceClassification",
-        ),
-        "multiple-choice": (
-            "BertForMultipleChoice",
-            "RobertaForMultipleChoice",
-            "DistilBertForMultipleChoice",
-        ),
-        "double-heads": ("GPT2DoubleHeadsModel",),
-        "token-classification": (
-            "BertForTokenClassification",
-            "RobertaForTokenClassification",
-            "DistilBertForTokenClassification",
-            "GPT2ForTokenClassification",
-        ),
-        "question-answering": (
-            "BertForQuestionAnswering",
-            "RobertaForQuestionAnswering",
-            "DistilBertForQuestionAnswering",
-            "GPT2ForQuestionAnswering",
-        ),
-    }
-)
+_TASKS: dict[str, tuple[str, ...]] = {
+    "base": ("BertModel", "RobertaModel", "DistilBertModel", "GPT2Model"),
+    "pre-training": ("BertForPreTraining",),
+    "masked-lm": ("BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM"),
+    "causal-lm": ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel"),
+    "next-sentence-prediction": ("BertForNextSentencePrediction",),
+    "sequence-classification": (
+        "BertForSequenceClassification",
+        "RobertaForSequenceClassification",
+        "DistilBertForSequenceClassification",
+        "GPT2ForSequenceClassification",
+    ),
+    "multiple-choice": (
+        "BertForMultipleChoice",
+        "RobertaForMultipleChoice",
+        "DistilBertForMultipleChoice",
+    ),
+    "double-heads": ("GPT2DoubleHeadsModel",),
+    "token-classification": (
+        "BertForTokenClassification",
+        "RobertaForTokenClassification",
+        "DistilBertForTokenClassification",
+        "GPT2ForTokenClassification",
+    ),
+    "question-answering": (
+        "BertForQuestionAnswering",
+        "RobertaForQuestionAnswering",
+        "DistilBertForQuestionAnswering",
+        "GPT2ForQuestionAnswering",
+    ),
+}
+
+TASKS = MappingProxyType(_TASKS)
 """Task -> the names of the classes that do it, at most one of each family."""
 
 PIPELINE_TASKS = MappingProxyType(
@@ -78,10 +85,59 @@ def _registry() -> dict[tuple[str, str], type[PerSampleModel]]:
     return classes
 
 
-CLASSES = MappingProxyType(_registry())
+_CLASSES = _registry()
+
+CLASSES = MappingProxyType(_CLASSES)
 """(family, task) -> dpzoo class."""
 
-_BY_NAME = MappingProxyType({cls.__name__: cls for cls in CLASSES.values()})
+_BY_NAME = {cls.__name__: cls for cls in CLASSES.values()}
+
+
+def register_family(module: ModuleType, tasks: Mapping[str, str]) -> None:
+    """Add a family that is not part of the package, for the rest of the process.
+
+    From then on `convert`, `from_pretrained`, `list_models` and the rest know it like the others.
+
+    Args:
+        module: the module with the family's classes, each named as the transformers class that it
+            replaces. Their ``config_class`` names the family (transformers' ``model_type``).
+        tasks: one of `TASKS` -> the name of the class that does it; at least one.
+
+    Raises:
+        InputError: no task or an unknown one, a name that the module has no `PerSampleModel` of or
+            transformers no class of, classes of several families, or a family that is there already.
+            Nothing is added then.
+    """
+    known = ", ".join(TASKS)
+    if not tasks or not tasks.keys() <= TASKS.keys():
+        raise InputError(f"register_family got tasks {sorted(tasks)}, wanted some of: {known}.")
+    classes = {}
+    for task, name in tasks.items():
+        cls = getattr(module, name, None)
+        if not (isinstance(cls, type) and issubclass(cls, PerSampleModel)):
+            raise InputError(
+                f"register_family got {name!r} for {task!r}, and {module.__name__} has {cls!r} of that "
+                f"name. Wanted a subclass of dpzoo.models.base.PerSampleModel."
+            )
+        if cls.__name__ != name or not hasattr(transformers, name):
+            raise InputError(
+                f"register_family got {name!r} ({cls.__qualname__}), wanted the name of the transformers "
+                f"class that it replaces: convert finds it by that."
+            )
+        classes[task] = cls
+    families = sorted(
+        {str(getattr(cls.config_class, "model_type", "")) for cls in classes.values()}
+    )
+    if len(families) > 1 or families[0] in ("", *FAMILIES):
+        raise InputError(
+            f"register_family got classes of the families {families} (config_class.model_type), wanted "
+            f"one, and none of those there are: {', '.join(FAMILIES)}."
+        )
+    _FAMILIES[families[0]] = module
+    for task, cls in classes.items():
+        _TASKS[task] = (*_TASKS[task], cls.__name__)
+        _CLASSES[families[0], task] = cls
+        _BY_NAME[cls.__name__] = cls
 
 
 def list_models() -> dict[str, dict[str, str]]:
