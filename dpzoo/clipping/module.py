@@ -48,6 +48,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._handles: list[RemovableHandle] = []
         self._book: Book | None = None
         self._anchor = torch.zeros((), device=_device(m), requires_grad=True)
+        self._ran_without_grad = False  # since the last backward pass
         self._norms: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
         self.nonfinite_rows = 0
@@ -62,9 +63,10 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     # --- forward --------------------------------------------------------------------------------
 
     def _tap(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return None
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
+            return None
+        if not torch.is_grad_enabled():
+            self._ran_without_grad = True
             return None
         name, entry = self._entries[module]
         if entry is None:  # frozen when the model was made private, and trainable by now
@@ -100,7 +102,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             optimizer: gives the clip factors.
 
         Raises:
-            InputError: the losses are not one for each row.
+            InputError: the losses are not one for each row; or they come through reentrant activation
+                checkpoints.
 
         Guarantees:
             Row i's share of the sum is its gradient times a factor that depends on row i alone, of
@@ -112,9 +115,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"for each row. dpzoo.ModelLoss() takes a model's outputs; for flat token losses pass "
                 f"shape=logits.shape."
             )
+        if self._ran_without_grad:
+            _refuse_reentrant(losses)
+            self._ran_without_grad = False
         book = self._book = Book(len(losses))
         try:
-            # Taps above reentrant checkpoints would be refused by torch here, with its own words.
             torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
         finally:
             self._book = None
@@ -178,6 +183,27 @@ class BookKeepingModule(BookKeepingHooks, AbstractGradSampleModule):
         nn.Module.__init__(self)
         BookKeepingHooks.__init__(self, m, **kwargs)
         self.grad_accumulation_hook = None
+
+
+def _refuse_reentrant(losses: torch.Tensor) -> None:
+    """Raise if a reentrant checkpoint is below the losses: its layers would have no gradient at all.
+
+    Such a checkpoint runs its layers without gradients, and again in its backward function, which
+    asking for the anchor's gradient alone never calls.
+    """
+    seen, ahead = set(), [losses.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise InputError(
+                "grad_sample_mode='bk' got losses that come through a reentrant activation checkpoint, "
+                "wanted use_reentrant=False: model.gradient_checkpointing_enable({'use_reentrant': False}), "
+                "or the same argument of torch.utils.checkpoint.checkpoint."
+            )
+        ahead.extend(following for following, _ in node.next_functions)
 
 
 def _device(model: nn.Module) -> torch.device:

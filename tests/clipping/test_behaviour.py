@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import dpzoo
@@ -327,7 +328,7 @@ def test_a_parameter_beside_submodules_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel"])
 def test_checkpointed_layers(name: str) -> None:
-    """Non-reentrant checkpointing goes along with taps; reentrant is refused by torch's own words."""
+    """Non-reentrant checkpointing goes along with taps; reentrant is refused."""
 
     def enable(model: Any) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -336,8 +337,35 @@ def test_checkpointed_layers(name: str) -> None:
     model = dpzoo.convert(stock_model(name))
     model.gradient_checkpointing_enable()
     step = Step(name, model, "bk")
-    with pytest.raises(RuntimeError, match=r"not compatible with .grad\(\)|use_reentrant"):
+    with pytest.raises(dpzoo.InputError, match="reentrant activation checkpoint, wanted use_reentrant"):
         step.backward(batch_for(name))
+
+
+class Checkpointed(nn.Module):
+    """Two layers under a checkpoint, and a head above it."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+        self.head, self.reentrant = nn.Linear(4, 2), reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+def test_reentrant_checkpoints_are_refused() -> None:
+    """The layers below would get no gradient, and nothing would say so."""
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    wrapped, optimizer, criterion = private(Checkpointed(True).double(), 3)
+    with pytest.raises(dpzoo.InputError, match="a reentrant activation checkpoint"):
+        criterion(wrapped(x)).backward()
+
+    wrapped, optimizer, criterion = private(Checkpointed(False).double(), 3)
+    with torch.no_grad():
+        wrapped(x)  # an evaluation in between is none
+    criterion(wrapped(x)).backward()
+    optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in wrapped.parameters())
 
 
 def test_fractions_and_norms_can_be_read() -> None:
