@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from quickstart_data import DataError, Row, TextData, docs_data, tsv_data
 from quickstart_progress import Progress
@@ -174,7 +173,7 @@ def train_privately(
     inner_optimizer, schedule = make_optimizer(
         model, recipe.learning_rate, recipe.head_learning_rate, recipe, steps
     )
-    engine = PrivacyEngine()
+    engine = dpzoo.PrivacyEngine()  # Opacus', and mode bk
     criterion = nn.CrossEntropyLoss()
     model.train()
     private = engine.make_private_with_epsilon(
@@ -188,7 +187,7 @@ def train_privately(
         max_grad_norm=recipe.max_grad_norm,
         grad_sample_mode=mode,
     )
-    if mode == "ghost":  # clips in a second backward pass, which its own criterion starts
+    if mode in ("bk", "ghost"):  # these clip in the backward pass that their own criterion starts
         wrapped, optimizer, criterion, loader = private
     else:
         wrapped, optimizer, loader = private
@@ -272,7 +271,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval", type=Path, metavar="FILE.tsv", help="held-out lines for --data")
     add("--labels", help="the labels of --data, by commas (default: those that occur in it)")
     add("--delta", type=float, help="target delta (default: 1 / number of training rows)")
-    add("--mode", choices=("ghost", "hooks"), default="ghost", help="how Opacus clips")
+    add("--mode", choices=("bk", "ghost", "hooks"), default="bk", help="how rows are clipped")
     add("--compare", action="store_true", help="train once more without privacy, and compare")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("quickstart-model"), help="where the model is saved")

@@ -27,7 +27,7 @@ STEPS = 3
 """The first allocates what later ones use again, such as the gradients; three are enough to see it."""
 
 PROCESSES = 3
-"""What a CPU process holds at its peak varies by a few per cent with how its heap is laid out."""
+"""What a process holds at its peak on a CPU varies by a few per cent with how its heap is laid out."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,19 @@ class Peak:
         return self.peak - self.before
 
 
-def measure(workload: Workload, mode: str) -> Peak:
-    """Peak memory of a mode: of `PROCESSES` new processes, the one in the middle.
+def measure(workload: Workload, mode: str, processes: int = PROCESSES) -> Peak:
+    """Peak memory of a mode: of some new processes, the one in the middle.
+
+    Args:
+        workload: what is trained.
+        mode: of `dpzoo.bench.MODES`.
+        processes: how many.
 
     Raises:
         MeasurementError: a process failed; with the end of what it said.
     """
-    peaks = [_in_a_new_process(workload, mode) for _ in range(PROCESSES)]
-    return sorted(peaks, key=lambda peak: peak.within)[PROCESSES // 2]
+    peaks = [_in_a_new_process(workload, mode) for _ in range(processes)]
+    return sorted(peaks, key=lambda peak: peak.within)[processes // 2]
 
 
 def _in_a_new_process(workload: Workload, mode: str) -> Peak:

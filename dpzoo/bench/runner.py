@@ -22,7 +22,7 @@ def bench(
     *,
     modes: Sequence[str] = (BASELINE, "hooks", "ghost", "bk"),
     settings: Sequence[str] = SETTINGS,
-    memory: bool = True,
+    processes: int = memory_of.PROCESSES,
     steps: int = 7,
     warmup: int = 2,
     every: int = 8,
@@ -37,7 +37,8 @@ def bench(
         workloads: what to train.
         modes: of `MODES`; the baseline, "non-private", is measured in any case.
         settings: of `SETTINGS`; none for memory alone.
-        memory: measure peak memory too.
+        processes: measure peak memory in this many new processes each, and take the one in the middle;
+            0 for none.
         steps: timed steps of each mode and setting.
         warmup: steps before those.
         every: physical batches of a logical one, for "amortized".
@@ -47,15 +48,17 @@ def bench(
         The figures. A mode that cannot run a workload is in the report with its error.
 
     Raises:
-        InputError: an unknown mode or setting, ``steps`` or ``every`` below 1.
+        InputError: an unknown mode or setting, ``steps`` or ``every`` below 1, ``warmup`` or
+            ``processes`` below 0.
     """
     check_settings(settings)
     for mode in modes:
         if mode not in MODES:
             raise InputError(f"Got the mode {mode!r}, wanted of {', '.join(MODES)}.")
-    if steps < 1 or warmup < 0 or every < 1:
+    if steps < 1 or warmup < 0 or every < 1 or processes < 0:
         raise InputError(
-            f"Got steps={steps}, warmup={warmup}, every={every}, wanted at least 1, 0 and 1."
+            f"Got steps={steps}, warmup={warmup}, every={every}, processes={processes}, wanted at least "
+            f"1, 0, 1 and 0."
         )
     modes = [BASELINE, *(mode for mode in modes if mode != BASELINE)]
     measurements: list[Measurement] = []
@@ -73,9 +76,9 @@ def bench(
             workload, able, settings, steps=steps, warmup=warmup, every=every, progress=say
         )
         peaks: dict[str, memory_of.Peak] = {}
-        for mode in able if memory else ():
+        for mode in able if processes else ():
             say(f"{mode}: memory")
-            peaks[mode] = memory_of.measure(workload, mode)
+            peaks[mode] = memory_of.measure(workload, mode, processes)
         for mode in modes:
             if errors[mode] is not None:
                 measurements.append(Measurement(workload, mode, error=errors[mode]))
@@ -85,10 +88,10 @@ def bench(
 
 
 def pieces(
-    workloads: int, modes: int, settings: int, *, memory: bool, steps: int, warmup: int
+    workloads: int, modes: int, settings: int, *, processes: int, steps: int, warmup: int
 ) -> int:
     """How often `bench` calls ``progress``, for a bar; the baseline counts among the modes."""
-    return workloads * modes * (2 + settings * (warmup + steps) + int(memory))
+    return workloads * modes * (2 + settings * (warmup + steps) + bool(processes))
 
 
 def _trial(workload: Workload, mode: str, say: Progress) -> str | None:

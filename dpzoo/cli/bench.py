@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
     add("--every", type=int, default=8, help="physical batches of a logical one, amortized (8)")
     add("--steps", type=int, default=7, help="timed steps of each mode and setting (7)")
     add("--warmup", type=int, default=2, help="steps before those (2)")
-    add("--no-memory", action="store_true", help="leave the memory out")
+    add("--processes", type=int, default=3, help="of which peak memory is the middle; 0: none (3)")
     add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd")
     add("--dtype", choices=DTYPES, default="float32", help="bfloat16: under autocast")
     add("--device", help="cpu, cuda, ...; by default cuda where there is one")
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     ]
     settings = [setting for setting in options.settings.split(",") if setting]
     effort: dict[str, Any] = {
-        "memory": not options.no_memory,
+        "processes": options.processes,
         "steps": options.steps,
         "warmup": options.warmup,
     }

@@ -243,7 +243,7 @@ def reviews(tmp_path: Path) -> Path:
     return write(tmp_path / "reviews.tsv", "".join(lines))
 
 
-@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+@pytest.mark.parametrize("mode", ["bk", "ghost", "hooks"])
 def test_the_whole_script(
     mode: str, tiny_bert: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
