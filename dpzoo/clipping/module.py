@@ -200,8 +200,8 @@ def _refuse_reentrant(losses: torch.Tensor) -> None:
         if node.name() == "CheckpointFunctionBackward":
             raise InputError(
                 "grad_sample_mode='bk' got losses that come through a reentrant activation checkpoint, "
-                "wanted use_reentrant=False: model.gradient_checkpointing_enable({'use_reentrant': False}), "
-                "or the same argument of torch.utils.checkpoint.checkpoint."
+                "wanted use_reentrant=False: in gradient_checkpointing_enable({'use_reentrant': False}), "
+                "or as an argument of torch.utils.checkpoint.checkpoint."
             )
         ahead.extend(following for following, _ in node.next_functions)
 
