@@ -1,4 +1,4 @@
-"""One private step of a model in a mode of Opacus, and what the oracle says of it."""
+"""One private step of a model in a mode of Opacus or of dpzoo, and what the oracle says of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,14 @@ from tests.support import ROWS, batch_losses, in_stock_layout, oracle_gradients
 TOLERANCE = 1e-9
 
 MODES = ("hooks", "functorch", "ew", "ghost")
+"""Opacus' own."""
+
+ALL_MODES = (*MODES, "bk")
+
+
+def engine_of(mode: str) -> Any:
+    """The engine that has the mode, with an accountant."""
+    return (dpzoo.PrivacyEngine if mode == "bk" else PrivacyEngine)(accountant="rdp")
 
 
 class OutputLoss:
@@ -34,7 +42,7 @@ class Step:
     Args:
         name: the class.
         model: a dpzoo model.
-        mode: Opacus' grad_sample_mode.
+        mode: of `ALL_MODES`.
         max_grad_norm: the clipping norm, C.
         reduction: "mean" or "sum".
         **options: more arguments of make_private.
@@ -54,8 +62,7 @@ class Step:
     ) -> None:
         self.name, self.mode, self.reduction, self.model = name, mode, reduction, model.train()
         trainable = [p for p in model.parameters() if p.requires_grad]
-        engine = dpzoo.PrivacyEngine if mode == "bk" else PrivacyEngine
-        made = engine(accountant="rdp").make_private(
+        made = engine_of(mode).make_private(
             module=model,
             optimizer=torch.optim.SGD(trainable, lr=1.0),
             criterion=OutputLoss(name, {}, reduction),
@@ -136,7 +143,7 @@ def assert_step_is_exact(
 
     Args:
         name: the class.
-        mode: Opacus' grad_sample_mode.
+        mode: of `ALL_MODES`.
         batch: inputs and labels.
         stock: the stock model, which is the oracle and is then converted.
         prepare: what to do with the dpzoo model before it is made private (freeze a part, say).

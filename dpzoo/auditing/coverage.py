@@ -65,7 +65,7 @@ def unit(subject: Subject, record: Record) -> None:
 
 def shapes(subject: Subject) -> list[ShapeRow]:
     """The layer-by-layer table of activation, backprop and grad_sample shapes."""
-    mode = next((m for m in subject.modes if m != "ghost"), None)
+    mode = next((m for m in subject.modes if m not in ("ghost", "bk")), None)
     rows = subject.mode_run(mode).rows if mode else {}
     table = []
     for trace in subject.traces:
@@ -96,6 +96,11 @@ def _held(subject: Subject, traces: list[Trace]) -> list[str]:
     ]
 
 
+def _opacus(subject: Subject) -> bool:
+    """Whether a mode of Opacus' own is audited: bk has other ways, and names itself what it refuses."""
+    return any(mode != "bk" for mode in subject.modes)
+
+
 def _structure(subject: Subject, record: Record) -> None:
     """What the module tree says before anything runs."""
     for error in ModuleValidator.validate(subject.model, strict=False):
@@ -104,7 +109,7 @@ def _structure(subject: Subject, record: Record) -> None:
             f"PrivacyEngine.make_private refuses the model: {str(error).splitlines()[0][:160]}",
             "opacus.validators.ModuleValidator.fix(model) replaces what it can (BatchNorm by GroupNorm)",
         )
-    for trace in subject.traces:
+    for trace in subject.traces if _opacus(subject) else ():
         module = subject.model.get_submodule(trace.module)
         prefix = f"{trace.module}." if trace.module else ""
         own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
@@ -142,7 +147,8 @@ def _structure(subject: Subject, record: Record) -> None:
 def _traced(subject: Subject, record: Record) -> None:
     """What the modules saw in a forward pass."""
     for trace in subject.traces:
-        if trace.calls and all(not c.positional and c.keywords for c in trace.calls):
+        by_keyword = trace.calls and all(not c.positional and c.keywords for c in trace.calls)
+        if by_keyword and _opacus(subject):
             record.find(
                 "crash",
                 f"{trace.kind.__name__} is called with keyword arguments only; Opacus' forward hook "
@@ -203,7 +209,7 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
             expected=f"batch dimension {subject.rows}",
             got=f"batch dimension {wrong[name]}",
         )
-    if mode != "ghost":
+    if run.rows:
         sums = {n: v.sum(0) for n, v in run.rows.items() if n not in wrong}
         _sums(subject, record, mode, sums)
 
@@ -215,6 +221,9 @@ def _missing(subject: Subject, record: Record, mode: str, names: list[str]) -> N
     truth = subject.total_gradient(subject.batch)
     reached = [n for n in names if bool((truth[n] != 0).any())]
     unreached = [n for n in names if n not in reached]
+    if mode == "bk":
+        _without_uses(subject, record, reached, unreached)
+        return
     if reached:
         record.find(
             "privacy",
@@ -237,6 +246,35 @@ def _missing(subject: Subject, record: Record, mode: str, names: list[str]) -> N
             modules=subject.owners(unreached),
             mode=mode,
         )
+
+
+def _without_uses(
+    subject: Subject, record: Record, reached: list[str], unreached: list[str]
+) -> None:
+    """Parameters that bk has no use of: no row is in their sums, which are noise."""
+    for names, why, remedy in (
+        (
+            reached,
+            "they are used past the module that holds them",
+            "use each parameter through the forward of a module of its own",
+        ),
+        (
+            unreached,
+            "this batch does not reach them (unused, detached, or on a branch that did not run)",
+            "freeze them with requires_grad_(False), or audit a batch that uses them",
+        ),
+    ):
+        if names:
+            record.find(
+                "utility",
+                f"trainable parameters are moved by noise alone: {why}",
+                remedy,
+                parameters=names,
+                modules=subject.owners(names),
+                mode="bk",
+                expected=f"shares of {subject.rows} rows",
+                got="none",
+            )
 
 
 def _sums(subject: Subject, record: Record, mode: str, sums: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import largest
-from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
 
@@ -32,7 +32,7 @@ def _sizes(subject: Subject, record: Record, mode: str) -> None:
     """Batches of 0 and 1."""
     empty, one = subject.batch.take([]), subject.batch.take([0])
     opacus = subject.opacus(mode)
-    per_row = mode != "ghost" or subject.per_row_loss
+    per_row = mode not in PER_ROW_LOSS_ONLY or subject.per_row_loss
     for title, batch in (("an empty batch", empty), ("a batch of one row", one)):
         try:
             if per_row:
@@ -98,10 +98,16 @@ def _innocent_rows(subject: Subject, record: Record) -> None:
         record.ran()
         bad = [name for name, g in gradient.items() if not bool(g.isfinite().all())]
         if bad:
+            left_out = set(subject.modes) == {"bk"}
             record.find(
-                "privacy",
-                f"a row's gradient is not finite if {title}: its clip factor is NaN, all weights turn "
-                f"NaN, and that tells that the row was there",
+                "note" if left_out else "privacy",
+                f"a row's gradient is not finite if {title}: "
+                + (
+                    "bk leaves the row out and counts it, and nothing is learnt from it"
+                    if left_out
+                    else "its clip factor is NaN, all weights turn NaN, and that tells that the row "
+                    "was there"
+                ),
                 remedy,
                 parameters=bad,
                 modules=subject.owners(bad),
@@ -112,7 +118,7 @@ def _innocent_rows(subject: Subject, record: Record) -> None:
 
 
 def _poisoned(subject: Subject, record: Record) -> None:
-    """What a step makes of a row whose gradient is NaN; Opacus' does not leave it out."""
+    """What a step makes of a row whose gradient is NaN; Opacus' does not leave it out, bk does."""
     spread = []
     for mode in subject.modes:
         if mode == "ew" or subject.broken(mode) or not subject.per_row_loss:
@@ -125,17 +131,20 @@ def _poisoned(subject: Subject, record: Record) -> None:
         if run.error or not values:
             continue
         record.ran()
-        healthy = [bool(v[1:].isfinite().all()) for v in values.values()]
+        first = 0 if mode == "bk" else 1
+        healthy = [bool(v[first:].isfinite().all()) for v in values.values()]
         if not all(healthy):
             names = [n for n, ok in zip(values, healthy, strict=True) if not ok]
             record.find(
                 "privacy",
-                "a NaN in one row's loss makes other rows' gradients NaN",
+                "a NaN in one row's loss makes other rows' gradients NaN"
+                + (", or is not left out of the sum" if mode == "bk" else ""),
                 "rows meet somewhere; see isolation",
                 parameters=names,
                 mode=mode,
             )
-        spread.append(mode)
+        if mode != "bk":
+            spread.append(mode)
     if spread:
         record.find(
             "note",

@@ -4,8 +4,9 @@ import copy
 
 import torch
 
+from dpzoo.auditing.book_keeping import mode_around
 from dpzoo.auditing.numerics import largest
-from dpzoo.auditing.opacus_modes import OpacusMode, first_line
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
 
@@ -23,8 +24,8 @@ def effect(subject: Subject, record: Record) -> None:
     computed from other weights than those trained, exports that are another function.
     """
     for mode in subject.modes:
-        if mode == "ghost" and not subject.per_row_loss:
-            record.skip("ghost: the loss is a scalar")
+        if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
+            record.skip(PER_ROW_LOSS_ONLY[mode])
             continue
         with subject.usable(mode, record.skipped) as usable:
             if not usable:
@@ -35,7 +36,7 @@ def effect(subject: Subject, record: Record) -> None:
 
 
 def _step(subject: Subject, record: Record, mode: str) -> None:
-    opacus = OpacusMode(lambda: subject.fresh_copy(), mode, subject.loss)
+    opacus = mode_around(lambda: subject.fresh_copy(), mode, subject.loss)
     batch = subject.given_batch
     try:
         before = {name: p.detach().clone() for name, p in opacus.parameters.items()}

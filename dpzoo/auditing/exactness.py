@@ -9,15 +9,16 @@ from dpzoo.auditing.numerics import (
     disagreements,
     row_norms,
 )
-from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
-
-SCALAR_LOSS = "ghost: the loss is a scalar, and ghost's second pass weights the loss of every row"
 
 
 def exactness(subject: Subject, record: Record) -> None:
     """Per row and per parameter, each mode's gradient (in ghost mode, norm) is that of the row alone.
+
+    In bk the gradient is the row's own share of the sum, all rows run together, and the norms that
+    clip factors are made from are compared with the shares.
 
     Catches: a wrong batch axis with as many rows as tokens, where sums agree and rows do not; tied
     weights with one use missing from the norm; grad samplers that are wrong.
@@ -28,10 +29,11 @@ def exactness(subject: Subject, record: Record) -> None:
             if not usable:
                 continue
         record.ran()
-        if mode == "ghost":
-            _ghost_norms(subject, record, oracle)
-        else:
+        if mode != "ghost":
             _rows(subject, record, mode, oracle)
+        if mode in ("ghost", "bk"):
+            summed = oracle if mode == "ghost" else subject.mode_run(mode).rows
+            _norms(subject, record, mode, summed)
 
 
 def _rows(subject: Subject, record: Record, mode: str, oracle: Gradients) -> None:
@@ -71,22 +73,23 @@ def _worst_row(got: torch.Tensor, wanted: torch.Tensor) -> int:
     return int((got - wanted).abs().reshape(len(got), -1).max(1).values.argmax())
 
 
-def _ghost_norms(subject: Subject, record: Record, oracle: Gradients) -> None:
-    got = subject.mode_run("ghost").norms
-    wanted = {name: rows.reshape(len(rows), -1).norm(dim=1) for name, rows in oracle.items()}
+def _norms(subject: Subject, record: Record, mode: str, truth: Gradients) -> None:
+    """The norms that a mode clips by are those of what it adds up: ``truth``."""
+    got = subject.mode_run(mode).norms
+    wanted = {name: rows.reshape(len(rows), -1).norm(dim=1) for name, rows in truth.items()}
     wrong = disagreements(got, wanted, subject.tolerance)
     short = [n for n in wrong if not bool((got[n] >= wanted[n] * (1 - subject.tolerance)).all())]
     for names, severity, message in (
         (
             short,
             "privacy",
-            "ghost mode's norms are smaller than the rows' true norms: rows are "
-            "clipped too little (a use of the weight that Opacus does not see?)",
+            f"{mode} mode's norms are smaller than the rows' true norms: rows are "
+            "clipped too little (a use of the weight that no hook sees?)",
         ),
         (
             [n for n in wrong if n not in short],
             "utility",
-            "ghost mode's norms are larger than the rows' true norms: rows are clipped too much",
+            f"{mode} mode's norms are larger than the rows' true norms: rows are clipped too much",
         ),
     ):
         if names:
@@ -99,7 +102,7 @@ def _ghost_norms(subject: Subject, record: Record, oracle: Gradients) -> None:
                 "dpzoo.convert(model)",
                 parameters=names,
                 modules=subject.owners(names),
-                mode="ghost",
+                mode=mode,
                 expected=f"norm {float(wanted[name][row]):.4g} of {name}, row {row}",
                 got=f"{float(got[name][row]):.4g}",
             )
@@ -113,8 +116,8 @@ def _middle(subject: Subject) -> float:
 def _step_modes(subject: Subject, record: Record) -> list[str]:
     modes = []
     for mode in subject.modes:
-        if mode == "ghost" and not subject.per_row_loss:
-            record.skip(SCALAR_LOSS)
+        if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
+            record.skip(PER_ROW_LOSS_ONLY[mode])
             continue
         with subject.usable(mode, record.skipped) as usable:
             if usable:

@@ -3,6 +3,9 @@
 import torch
 
 from dpzoo.auditing.batches import Batch
+from dpzoo.auditing.book_keeping import BookMode
+from dpzoo.auditing.numerics import disagreements
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
 
@@ -12,20 +15,24 @@ POISON = 1e6
 def freshness(subject: Subject, record: Record) -> None:
     """Nothing that an earlier batch left behind enters a step.
 
-    Stale norms are poisoned before a batch; those that are still there afterwards were not computed
-    from it. Tried on the whole batch and on every row alone.
+    In ghost mode, stale norms are poisoned before a batch; those that are still there afterwards were
+    not computed from it. In bk, a step after another batch's is compared with one before any. Tried on
+    the whole batch and on every row alone.
 
     Catches: branches that some batches skip (ghost mode then clips with an older batch's norms),
     parameters that take part in the norm and not in the step.
     """
-    if "ghost" not in subject.modes:
+    if not {"ghost", "bk"} & set(subject.modes):
         record.skip("only ghost mode keeps norms from one batch to the next")
-        return
-    with subject.usable("ghost", record.skipped) as usable:
-        if not usable:
-            return
-    record.ran()
-    stale: dict[str, str] = {}
+    for mode, check in (("ghost", _ghost), ("bk", _book)):
+        if mode in subject.modes:
+            with subject.usable(mode, record.skipped) as usable:
+                if usable:
+                    record.ran()
+                    check(subject, record)
+
+
+def _batches(subject: Subject) -> list[tuple[str, Batch]]:
     batches = [("the whole batch", subject.batch)]
     batches += [
         (f"row {i} alone", subject.batch.take([i]))
@@ -34,7 +41,43 @@ def freshness(subject: Subject, record: Record) -> None:
     ]
     if subject.batch.floats():
         batches.append(("the batch negated", subject.batch.scaled(range(subject.rows), -1.0)))
-    for title, batch in batches:
+    return batches
+
+
+def _book(subject: Subject, record: Record) -> None:
+    """A batch's step in bk is the same whatever came before."""
+    if not subject.per_row_loss:
+        record.skip(PER_ROW_LOSS_ONLY["bk"])
+        return
+    book, clip = subject.opacus("bk"), subject.max_grad_norm
+    assert isinstance(book, BookMode)
+    for title, batch in _batches(subject):
+        try:
+            book.discard()
+            wanted = book.clipped_sum([batch], clip)
+            got = book.step_after(subject.batch, batch, clip)
+        except Exception:  # edges and coverage name what raises
+            continue
+        stale = disagreements(got, wanted, subject.tolerance)
+        if stale:
+            name = next(iter(stale))
+            record.find(
+                "privacy",
+                f"a step depends on the batch before it ({title})",
+                "let nothing of a batch stay in the model: no caches, no running statistics",
+                parameters=stale,
+                modules=subject.owners(stale),
+                mode="bk",
+                expected="the sum of this batch",
+                got=f"another one, off by {stale[name]:.3g} in {name}",
+            )
+            return
+
+
+def _ghost(subject: Subject, record: Record) -> None:
+    """A batch renews every parameter's norms."""
+    stale: dict[str, str] = {}
+    for title, batch in _batches(subject):
         for name in _left_over(subject, batch):
             stale.setdefault(name, title)
     if stale:

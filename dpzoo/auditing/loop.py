@@ -15,6 +15,7 @@ from dpzoo.auditing.numerics import Gradients, row_norms
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport, CheckResult
+from dpzoo.clipping.noise import NoiseStreams
 from dpzoo.errors import InputError
 
 
@@ -88,7 +89,7 @@ def audit_loop(
         record, begun = Record(name), time.perf_counter()
         record.ran()
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _own_noise(loop):
                 check(record)
         except Exception as error:
             record.find("crash", f"the check could not finish: {first_line(error)}")
@@ -120,6 +121,8 @@ def _freshness(loop: Loop, record: Record) -> None:
     if isinstance(known, list):
         counted = {id(p) for p in known}
         late = [n for n, p in loop.trainable.items() if id(p) not in counted]
+    elif loop.mode == "bk":  # counts what is trainable in the batch itself
+        late = []
     else:
         late = [n for n, p in loop.trainable.items() if not hasattr(p, "_forward_counter")]
     if late:
@@ -164,6 +167,25 @@ def _freshness(loop: Loop, record: Record) -> None:
 
 
 @contextmanager
+def _own_noise(loop: Loop) -> Iterator[None]:
+    """Noise of another stream in mode bk, so that the run's own goes on as if nothing had been."""
+    optimizer = loop.optimizer
+    names = ("_streams", "_clipped_at", "max_grad_norm", "_rows", "_unclipped")
+    kept = {n: vars(optimizer)[n] for n in names if n in vars(optimizer)}
+    generator = optimizer.generator if loop.mode == "bk" else None
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    try:
+        if loop.mode == "bk":
+            optimizer._streams = NoiseStreams(generator)
+        yield
+    finally:
+        if loop.mode == "bk":
+            vars(optimizer).update(kept)
+        if state is not None and generator is not None:
+            generator.set_state(state)
+
+
+@contextmanager
 def _restored(loop: Loop) -> Iterator[None]:
     """Gradients, Opacus' attributes, the optimizer's settings and generator put back."""
     optimizer = loop.optimizer
@@ -191,6 +213,12 @@ def _restored(loop: Loop) -> Iterator[None]:
             generator.set_state(state)
 
 
+def _share_of(optimizer: Any, signal: float) -> float:
+    """The clip factor of a row whose gradient is ``signal`` everywhere, in modes that clip early."""
+    size = sum(p.numel() for p in optimizer.params)
+    return min(1.0, float(optimizer.max_grad_norm) / max(signal * size**0.5, 1e-12))
+
+
 def _pre_step(loop: Loop, signal: float) -> Gradients:
     """What a step would subtract (at lr 1) for one row whose gradient is ``signal`` everywhere."""
     optimizer = loop.optimizer
@@ -200,12 +228,14 @@ def _pre_step(loop: Loop, signal: float) -> Gradients:
         p.summed_grad = None
         if loop.mode == "ghost":
             # What the two passes leave: the row's gradient, clipped.
-            size = sum(q.numel() for q in optimizer.params)
-            clipped = min(1.0, float(optimizer.max_grad_norm) / max(signal * size**0.5, 1e-12))
-            p.grad = torch.full_like(p, signal * clipped)
+            p.grad = torch.full_like(p, signal * _share_of(optimizer, signal))
+        elif loop.mode == "bk":
+            p.summed_grad = torch.full_like(p, signal * _share_of(optimizer, signal))
         else:
             p.grad_sample = torch.full_like(p, signal).detach()[None]
+    clip = optimizer.max_grad_norm
     optimizer.pre_step()
+    optimizer.max_grad_norm = clip  # which adaptive clipping has moved
     names = {id(p): n for n, p in loop.module.named_parameters()}
     return {
         names.get(id(p), f"parameter {i}"): p.grad.detach().clone()
@@ -215,7 +245,10 @@ def _pre_step(loop: Loop, signal: float) -> Gradients:
 
 def _noise(loop: Loop, record: Record) -> None:
     """Measure a row's largest contribution, then the noise of two silent steps, at one scale."""
-    sigma = float(loop.optimizer.noise_multiplier)
+    # Adaptive clipping in bk spends a part of the privacy on a count, and noises gradients more.
+    sigma = float(
+        getattr(loop.optimizer, "gradient_noise_multiplier", loop.optimizer.noise_multiplier)
+    )
     if not isinstance(loop.optimizer.max_grad_norm, (int, float)):
         record.skip("a clipping norm for each layer")
         return
@@ -231,6 +264,8 @@ def _noise(loop: Loop, record: Record) -> None:
         torch.set_rng_state(state)
         if inner is not None and generator is not None:
             generator.set_state(inner)
+        if loop.mode == "bk":
+            loop.optimizer._streams = NoiseStreams(generator)
         with_row = _pre_step(loop, 1e6)
         row = {n: (with_row[n] - first[n])[None].double() for n in first}
         contribution = float(row_norms(row)[0])

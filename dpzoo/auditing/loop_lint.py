@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from dpzoo.auditing.record import Record
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
 
 class Loop:
@@ -18,7 +19,8 @@ class Loop:
         ghost = "FastGradientClipping" in type(optimizer).__name__ or hasattr(
             model, "get_norm_sample"
         )
-        self.mode = "ghost" if ghost else "hooks"
+        book = isinstance(optimizer, BookKeepingOptimizer)
+        self.mode = "bk" if book else "ghost" if ghost else "hooks"
 
     @property
     def sampler(self) -> Any:

@@ -108,6 +108,8 @@ def _clip_rate(loop: Any, seen: _Seen) -> None:
     """Count the rows that the coming step clips."""
     if loop.mode == "ghost":
         norms = getattr(loop.wrapper, "_per_sample_gradient_norms", None)
+    elif loop.mode == "bk":
+        norms = loop.wrapper.per_sample_gradient_norms
     else:
         samples = [p.grad_sample for p in loop.optimizer.params]
         if not all(isinstance(g, torch.Tensor) for g in samples) or not len(samples[0]):

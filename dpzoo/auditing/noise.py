@@ -17,7 +17,7 @@ DEVIATIONS = 6.0
 def noise(subject: Subject, record: Record) -> None:
     """With no signal, a step has noise of standard deviation sigma * C / denominator.
 
-    Measured on Opacus' own optimizer around the model: the loss times 0, one step, twice.
+    Measured on the mode's own optimizer around the model: the loss times 0, one step, twice.
     `dpzoo.audit_loop` measures the user's.
 
     Catches: noise of the wrong scale, a factor of the batch size between noise and gradient,
@@ -52,12 +52,11 @@ def noise(subject: Subject, record: Record) -> None:
 def _silent_step(subject: Subject, opacus: OpacusMode, sigma: float) -> Gradients:
     opacus.clear()
     optimizer = opacus.optimizer(subject.max_grad_norm, subject.rows, sigma)
-    losses = opacus.losses(subject.batch) * 0.0
     if opacus.mode == "ghost":
         # Norms are 0, and so is what the second pass would leave.
-        opacus.discard_graph(losses)
+        opacus.discard_graph(opacus.losses(subject.batch) * 0.0)
     else:
-        (losses if losses.dim() == 0 else losses.mean()).backward()
+        opacus.private_backward(subject.batch, optimizer, factor=0.0)
     optimizer.pre_step()
     step = {
         name: p.grad.detach().clone() for name, p in opacus.parameters.items() if p.grad is not None

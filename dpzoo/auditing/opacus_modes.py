@@ -15,7 +15,14 @@ from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.row_losses import RowLoss
 
-MODES = ("hooks", "functorch", "ew", "ghost")
+MODES = ("hooks", "functorch", "ew", "ghost", "bk")
+"""Opacus' own, and that of `dpzoo.PrivacyEngine` (`dpzoo.auditing.book_keeping`)."""
+
+PER_ROW_LOSS_ONLY = {
+    "ghost": "ghost: the loss is a scalar, and ghost's second pass weights the loss of every row",
+    "bk": "bk: the loss is a scalar, and bk takes one loss for each row",
+}
+"""The modes that cannot take a step on a scalar loss, and what is said then."""
 
 
 def first_line(error: BaseException) -> str:
@@ -29,8 +36,9 @@ class ModeRun:
     """What a mode computed for a batch.
 
     Args:
-        rows: parameter name -> per-sample gradients (every mode but ghost).
-        norms: parameter name -> per-sample norms, (rows,) (ghost).
+        rows: parameter name -> per-sample gradients (every mode but ghost); in bk, the rows' shares of
+            the sum.
+        norms: parameter name -> per-sample norms, (rows,) (ghost, bk).
         error: type and first line of what was raised; empty if nothing was.
     """
 
@@ -80,8 +88,12 @@ class OpacusMode:
             parameters = [p for p in model.parameters() if p.requires_grad]
             for p in parameters:
                 p.grad = None
-            self._wrapped = prepare_module(model, grad_sample_mode=self.mode)
+            self._wrapped = self.prepare(model)
         return self._wrapped
+
+    def prepare(self, model: nn.Module) -> Any:
+        """The wrapper around a new copy."""
+        return prepare_module(model, grad_sample_mode=self.mode)
 
     def discard(self) -> None:
         """Forget the copy."""
@@ -152,9 +164,9 @@ class OpacusMode:
             expected_batch_size=denominator,
         )
 
-    def private_backward(self, batch: Batch, optimizer: Any) -> None:
-        """The backward pass of a training step: in ghost mode, both of them."""
-        losses = self.losses(batch)
+    def private_backward(self, batch: Batch, optimizer: Any, factor: float = 1.0) -> None:
+        """The backward pass of a training step, of the loss times a factor: in ghost mode, both."""
+        losses = self.losses(batch) * factor
         if self.mode == "ghost":
             DPTensorFastGradientClipping(self.wrapper, optimizer, losses, "mean").backward()
         else:

@@ -36,7 +36,7 @@ class Finding:
         remedy: what to do about it, in a line.
         parameters: full names of the parameters concerned, worst first.
         modules: paths of the modules concerned.
-        mode: Opacus' grad_sample_mode in which it shows; None where it does not depend on one.
+        mode: grad_sample_mode in which it shows; None where it does not depend on one.
         expected: the shape or number that was wanted.
         got: the shape or number that was found.
     """

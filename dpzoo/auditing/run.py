@@ -58,7 +58,8 @@ def audit(
 
     Works on any module: dpzoo's, a stock transformers model, the user's own. Everything runs on deep
     copies in float64, in train mode with dropout off; per-sample gradients come from unmodified
-    Opacus and are compared, per row and per parameter, with each row run alone under plain autograd.
+    Opacus, in mode "bk" from dpzoo's engine, and are compared, per row and per parameter, with each
+    row run alone under plain autograd.
 
     Args:
         model: a module before `make_private`, on any device.
@@ -68,7 +69,7 @@ def audit(
             mean. By default the model's own: its outputs' ``loss_per_sample``, else their ``loss``,
             else a fixed nonlinear function of each row's outputs.
         max_grad_norm: the clipping norm that training will use; others are tried beside it.
-        modes: Opacus' grad_sample_modes to audit: of "hooks", "functorch", "ew", "ghost".
+        modes: grad_sample_modes to audit: of "hooks", "functorch", "ew", "ghost", "bk".
         checks: names of `dpzoo.auditing.CHECKS`; all of them by default.
         progress: called with the name of each check before it runs.
 

@@ -7,6 +7,7 @@ import torch
 
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import Gradients, clip_factors, gram, row_norms
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
 
@@ -42,8 +43,8 @@ def sensitivity(subject: Subject, record: Record) -> None:
         with subject.usable(mode, record.skipped) as usable:
             if not usable and not _countable(subject, mode):
                 continue
-        if mode == "ghost" and not subject.per_row_loss:
-            record.skip("ghost: the loss is a scalar, and ghost's second pass weights every row's")
+        if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
+            record.skip(PER_ROW_LOSS_ONLY[mode])
             continue
         record.ran()
         modes.append(mode)
@@ -117,12 +118,24 @@ def _sides(
                 rows = explicit if explicit is not None else _own_rows(subject, batch, weights)
         elif rows and len({len(g) for g in rows.values()}) == 1:
             norms = row_norms(rows)
+            if mode == "bk":  # which has norms of its own, and clips by them
+                norms = torch.stack(list(run.norms.values())).norm(dim=0)
+                rows = _with_zeros(subject, rows)
             if mode in subject.exact_modes:
                 explicit = rows
         sides[mode] = None
         if not run.error and norms is not None and bool(norms.isfinite().all()):
             sides[mode] = Side(rows, norms)
     return sides
+
+
+def _with_zeros(subject: Subject, rows: Gradients) -> Gradients:
+    """With zeros for the parameters that no row has a share of: branches that did not run."""
+    count = len(next(iter(rows.values())))
+    return {
+        name: rows[name] if name in rows else p.new_zeros(count, *p.shape)
+        for name, p in subject.parameters.items()
+    }
 
 
 def _own_rows(subject: Subject, batch: Batch, weights: torch.Tensor | None) -> Gradients:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dpzoo.auditing.batches import Batch, prepared
+from dpzoo.auditing.book_keeping import mode_around
 from dpzoo.auditing.capture import Trace, trace
 from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_norms
 from dpzoo.auditing.opacus_modes import ModeRun, OpacusMode, first_line
@@ -219,9 +220,9 @@ class Subject:
     # --- Opacus -------------------------------------------------------------------------------------
 
     def opacus(self, mode: str) -> OpacusMode:
-        """Opacus around a copy of the model, in a mode."""
+        """Opacus, or dpzoo's engine, around a copy of the model, in a mode."""
         if mode not in self._opacus:
-            self._opacus[mode] = OpacusMode(lambda: copy.deepcopy(self.model), mode, self.loss)
+            self._opacus[mode] = mode_around(lambda: self.fresh_copy(self.dtype), mode, self.loss)
         return self._opacus[mode]
 
     def mode_run(self, mode: str) -> ModeRun:

@@ -52,7 +52,9 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--data", type=Path, help="rows of a TAB-separated file: text, and a class if there is one"
     )
-    command.add_argument("--modes", default="hooks,ghost", help=f"of {','.join(MODES)}")
+    command.add_argument(
+        "--modes", default="hooks,ghost", help=f"of {','.join(MODES)}; hooks,ghost by default"
+    )
     command.add_argument("--checks", help=f"of {','.join(CHECKS)}; all by default")
     command.add_argument("--max-grad-norm", type=float, default=1.0, help="the clipping norm C")
     command.add_argument("--json", action="store_true", help="print the report as JSON")

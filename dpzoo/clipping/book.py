@@ -7,6 +7,8 @@ import torch
 from dpzoo.clipping.uses import Direct, LayerInput, Use, inner_product
 from dpzoo.errors import InputError
 
+MANY = 1_000_000
+
 
 class Book:
     """Collects uses as the backward pass reaches them; closes with a weighted sum.
@@ -20,6 +22,8 @@ class Book:
         self._uses: dict[torch.Tensor, list[Use]] = {}
         self._squared: dict[torch.Tensor, torch.Tensor] = {}
         self._input: LayerInput | None = None
+        self.counts: dict[torch.Tensor, int] = {}
+        """Parameter -> how many uses in the autograd graph were entered; at least `MANY` if unknown."""
 
     def input_of(self, x: torch.Tensor) -> LayerInput:
         """A linear layer's input, shared with the layer before in the backward pass if it is its too.
@@ -37,13 +41,14 @@ class Book:
             self._input.seal()
         self._input = None
 
-    def add(self, parameter: torch.Tensor, use: Use, name: str) -> None:
+    def add(self, parameter: torch.Tensor, use: Use, name: str, *, counted: bool = True) -> None:
         """Enter a use of a parameter and bring its norms up to date.
 
         Args:
             parameter: the parameter.
             use: its use.
             name: the module's, for the error message.
+            counted: whether this is one use in the autograd graph; False where it may be several.
 
         Raises:
             InputError: the use has not one entry for each row: the layer mixes rows, or (a table
@@ -56,6 +61,7 @@ class Book:
                 f"{self.rows}, the rows of the loss. Its input must have one entry for each row: "
                 f"dpzoo's models do (dpzoo.convert), and position ids of shape (1, seq) do not."
             )
+        self.counts[parameter] = self.counts.get(parameter, 0) + (1 if counted else MANY)
         uses = self._uses.setdefault(parameter, [])
         squared = use.squared_norm()
         for other in uses:

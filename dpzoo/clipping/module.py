@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
+from dpzoo.clipping.graph import refuse_unseen, uses_in_graph
 from dpzoo.clipping.taps import Entry, Tap, entry_of, input_of
 from dpzoo.errors import InputError, UnsupportedModelError
 
@@ -48,7 +49,6 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._handles: list[RemovableHandle] = []
         self._book: Book | None = None
         self._anchor = torch.zeros((), device=_device(m), requires_grad=True)
-        self._ran_without_grad = False  # since the last backward pass
         self._norms: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
         self.nonfinite_rows = 0
@@ -63,10 +63,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     # --- forward --------------------------------------------------------------------------------
 
     def _tap(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
-            return None
         if not torch.is_grad_enabled():
-            self._ran_without_grad = True
+            return None
+        if not any(p.requires_grad for p in module.parameters(recurse=False)):
             return None
         name, entry = self._entries[module]
         if entry is None:  # frozen when the model was made private, and trainable by now
@@ -102,8 +101,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             optimizer: gives the clip factors.
 
         Raises:
-            InputError: the losses are not one for each row; or they come through reentrant activation
-                checkpoints.
+            InputError: the losses are not one for each row; they come through a reentrant activation
+                checkpoint; or a parameter is used past the forward of the module that holds it.
 
         Guarantees:
             Row i's share of the sum is its gradient times a factor that depends on row i alone, of
@@ -115,15 +114,14 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"for each row. dpzoo.ModelLoss() takes a model's outputs; for flat token losses pass "
                 f"shape=logits.shape."
             )
-        if self._ran_without_grad:
-            _refuse_reentrant(losses)
-            self._ran_without_grad = False
+        used = uses_in_graph(losses)
         book = self._book = Book(len(losses))
         try:
             torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
         finally:
             self._book = None
-        with torch.no_grad():
+        refuse_unseen(used, book.counts, self._module)
+        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             self._settle(book, losses, optimizer)
 
     def _settle(self, book: Book, losses: torch.Tensor, optimizer: BookKeepingOptimizer) -> None:
@@ -183,27 +181,6 @@ class BookKeepingModule(BookKeepingHooks, AbstractGradSampleModule):
         nn.Module.__init__(self)
         BookKeepingHooks.__init__(self, m, **kwargs)
         self.grad_accumulation_hook = None
-
-
-def _refuse_reentrant(losses: torch.Tensor) -> None:
-    """Raise if a reentrant checkpoint is below the losses: its layers would have no gradient at all.
-
-    Such a checkpoint runs its layers without gradients, and again in its backward function, which
-    asking for the anchor's gradient alone never calls.
-    """
-    seen, ahead = set(), [losses.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise InputError(
-                "grad_sample_mode='bk' got losses that come through a reentrant activation checkpoint, "
-                "wanted use_reentrant=False: in gradient_checkpointing_enable({'use_reentrant': False}), "
-                "or as an argument of torch.utils.checkpoint.checkpoint."
-            )
-        ahead.extend(following for following, _ in node.next_functions)
 
 
 def _device(model: nn.Module) -> torch.device:

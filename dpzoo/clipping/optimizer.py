@@ -170,14 +170,16 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         for parameter in self.params:
             total = getattr(parameter, "summed_grad", None)
             if total is None:
-                total = torch.zeros_like(parameter)
-            grads.append(total.to(parameter.dtype) if total.dtype != parameter.dtype else total)
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                total = torch.zeros_like(parameter, dtype=dtype)
+            grads.append(total)
         # A scheduler may have changed max_grad_norm since the rows were clipped.
         clipped_at = max(self._clipped_at, self.max_grad_norm)
         self._noise_in_place(grads, self.gradient_noise_multiplier * clipped_at)
         self._clipped_at = 0.0
         for parameter, grad in zip(self.params, grads, strict=True):
-            parameter.grad = grad.view_as(parameter)
+            # Rounded to the parameter's dtype after the noise, not before: that is post-processing.
+            parameter.grad = grad.to(parameter.dtype).view_as(parameter)
             parameter.summed_grad = None
 
     def _noise_in_place(self, grads: list[torch.Tensor], std: float) -> None:

@@ -82,10 +82,16 @@ def enter_by_sampler(
     book: Book, module: nn.Module, name: str, x: torch.Tensor, g: torch.Tensor
 ) -> None:
     """Any other module that holds parameters: Opacus' sampler for it, or functorch, for it alone."""
+    if len(g) == 0:  # which Opacus' sampler of convolutions takes for one row
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                empty = parameter.new_zeros((0, *parameter.shape))
+                book.add(parameter, Direct(wide(empty)), name, counted=False)
+        return
     sampler = GradSampleModule.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
     for parameter, grads in sampler(module, [x], g).items():
         if parameter.requires_grad:
-            book.add(parameter, Direct(wide(grads)), name)
+            book.add(parameter, Direct(wide(grads)), name, counted=False)
 
 
 ENTRIES: tuple[tuple[type[nn.Module], Any], ...] = (

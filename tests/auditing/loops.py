@@ -1,4 +1,4 @@
-"""Planted loops: a private loop of Opacus, wrong in one way, and two that are right."""
+"""Planted loops: a private loop, wrong in one way, and two that are right."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import dpzoo
+
 
 class Loop:
     """What a loop trains with."""
@@ -24,7 +26,7 @@ class Loop:
             parameter.requires_grad_(name not in freeze)
         trained = [p for p in self.net.parameters() if p.requires_grad]
         data = TensorDataset(torch.randn(40, 7), torch.randint(0, 5, (40,)))
-        self.engine = PrivacyEngine(accountant="rdp")
+        self.engine = (dpzoo.PrivacyEngine if mode == "bk" else PrivacyEngine)(accountant="rdp")
         made = self.engine.make_private(
             module=self.net,
             optimizer=torch.optim.SGD(trained, lr=learning_rate),
@@ -36,7 +38,7 @@ class Loop:
             **options,
         )
         self.model, self.optimizer, self.loader = made[0], made[1], made[-1]
-        self.criterion = made[2] if mode == "ghost" else F.cross_entropy
+        self.criterion = made[2] if mode in ("ghost", "bk") else F.cross_entropy
 
     def objects(self) -> tuple[Any, ...]:
         return self.model, self.optimizer, self.loader, self.engine

@@ -27,7 +27,7 @@ def test_a_planted_loop_is_named_by_its_check(planted: PlantedLoop) -> None:
 
 
 @pytest.mark.parametrize("wrap", [True, False])
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 def test_a_right_loop_passes(mode: str, wrap: bool) -> None:
     loop = Loop(mode, wrap_model=wrap, max_grad_norm=20.0)
     if not wrap:
@@ -51,7 +51,7 @@ def test_a_memory_manager_that_ran_to_its_end_passes() -> None:
         assert audit_loop(loop.model, loop.optimizer, parts, loop.engine).ok
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 def test_everything_is_as_before(mode: str) -> None:
     loop = Loop(mode)
     for batch in loop.loader:
@@ -77,12 +77,19 @@ def _state(loop: Loop) -> dict[str, Any]:
         "rng": torch.get_rng_state(),
         "queue": list(loop.optimizer._step_skip_queue),
         "hook": loop.optimizer.step_hook,
+        "noise": _noise_state(loop.optimizer),
         "methods": sorted(vars(loop.optimizer)),
         "hooks": [len(m._forward_pre_hooks) for m in loop.net.modules()],
         "attributes": [
             sorted(k for k, v in vars(p).items() if v is not None) for p in loop.net.parameters()
         ],
     }
+
+
+def _noise_state(optimizer: Any) -> Any:
+    """The streams of mode bk, which a run goes on with."""
+    streams = optimizer.noise_state()["streams"] if hasattr(optimizer, "noise_state") else []
+    return [stream.tolist() for stream in streams]
 
 
 def test_an_optimizer_that_is_not_private_is_refused() -> None:

@@ -337,7 +337,9 @@ def test_checkpointed_layers(name: str) -> None:
     model = dpzoo.convert(stock_model(name))
     model.gradient_checkpointing_enable()
     step = Step(name, model, "bk")
-    with pytest.raises(dpzoo.InputError, match="reentrant activation checkpoint, wanted use_reentrant"):
+    with pytest.raises(
+        dpzoo.InputError, match="reentrant activation checkpoint, wanted use_reentrant"
+    ):
         step.backward(batch_for(name))
 
 
@@ -404,3 +406,26 @@ def test_stock_layout_helper_is_used_on_gpt2() -> None:
     weight = model.h[0].attn.c_proj.weight
     assert weight.shape[0] == weight.shape[1]
     assert not torch.equal(in_stock_layout(model, "h.0.attn.c_proj.weight", weight), weight)
+
+
+class Functional(nn.Module):
+    """A head that uses the table's weight past the table's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.functional = nn.Embedding(7, 5), False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(ids)
+        return (F.linear(hidden, self.table.weight) if self.functional else hidden).mean(1)
+
+
+def test_a_use_that_no_tap_sees_is_refused() -> None:
+    """A functional tie, in a later batch: its part would be missing from norms and sums."""
+    ids = torch.randint(0, 7, (3, 4))
+    model = Functional().double()
+    wrapped, _, criterion = private(model, 3)
+    criterion(wrapped(ids)).backward()
+    model.functional = True
+    with pytest.raises(dpzoo.InputError, match=r"use table\.weight 2 times, 1 of them through"):
+        criterion(wrapped(ids)).backward()

@@ -1,4 +1,4 @@
-"""Two processes give the sum of one: DPDDP with hooks and ghost, FSDP2 with ghost_fsdp.
+"""Two processes give the sum of one: DPDDP with hooks, ghost and bk, FSDP2 with ghost_fsdp.
 
 torchrun is started once; its two processes run all cases (`tests.distributed.worker`), and the tests
 here judge what they wrote: against the oracle, which is the stock model row by row, and against the
@@ -26,7 +26,7 @@ EMPTY_FIRST: Any = ((), (0, 1, 2, 3))  # rank 0 draws the noise, too
 EMPTY_LAST: Any = ((2, 0, 3, 1), ())
 EMPTY: Any = ((), ())
 
-DPDDP_MODES = ("hooks", "ghost")
+DPDDP_MODES = ("hooks", "ghost", "bk")
 CLASSIFIERS = [name for name in NAMES if name.endswith("ForSequenceClassification")]
 TIED = ["GPT2LMHeadModel", "BertForMaskedLM"]
 ONE_OUTPUT = [name for name in NAMES if name.endswith("MultipleChoice")] + ["GPT2DoubleHeadsModel"]
@@ -66,25 +66,21 @@ EXACT = [
     ),
     *(Case(name, "ghost_fsdp", untied=True) for name in TIED),
 ]
-PER_LAYER = Case("BertForSequenceClassification", "hooks", clip=[])
+PER_LAYER = [Case("BertForSequenceClassification", mode, clip=[]) for mode in ("hooks", "bk")]
 NOISE = 1.5
 QUIET_AND_LOUD = [
     (quiet, dataclasses.replace(quiet, noise=NOISE))
     for name in ("BertForSequenceClassification", "GPT2LMHeadModel")
     for quiet in (
-        Case(name, "hooks"),
-        Case(name, "ghost"),
-        Case(name, "ghost_fsdp"),
-        Case(name, "hooks", EMPTY),
-        Case(name, "ghost", EMPTY),
-        Case(name, "ghost", EMPTY_FIRST),
+        *(Case(name, mode) for mode in (*DPDDP_MODES, "ghost_fsdp")),
+        *(Case(name, mode, EMPTY) for mode in DPDDP_MODES),
+        *(Case(name, mode, EMPTY_FIRST) for mode in ("ghost", "bk")),
         Case(name, "ghost_fsdp", EMPTY, weightless=True),
     )
 ] + [
     (quiet, dataclasses.replace(quiet, noise=NOISE))
     for quiet in (
-        Case("BertForSequenceClassification", "hooks", reduction="sum"),
-        Case("BertForSequenceClassification", "ghost", reduction="sum"),
+        Case("BertForSequenceClassification", mode, reduction="sum") for mode in DPDDP_MODES
     )
 ]
 SAVED = [Case(name, "ghost_fsdp", EVEN, saved=True) for name in TIED]
@@ -95,7 +91,7 @@ CASES = {
     case.id: case
     for case in (
         *EXACT,
-        PER_LAYER,
+        *PER_LAYER,
         *(case for pair in QUIET_AND_LOUD for case in pair),
         *SAVED,
         *APART,
@@ -239,7 +235,7 @@ def assert_step(case: Case, ranks: list[Result]) -> None:
             assert torch.equal(value, ranks[1].parameters[key]), key
 
 
-@pytest.mark.parametrize("case", [*EXACT, PER_LAYER], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*EXACT, *PER_LAYER], ids=lambda case: case.id)
 def test_the_sum_is_that_of_one_process(case: Case, results: dict[str, list[Result]]) -> None:
     ranks = results[case.id]
     assert_step(case, ranks)
@@ -249,7 +245,7 @@ def test_the_sum_is_that_of_one_process(case: Case, results: dict[str, list[Resu
     if sum(map(len, case.shares)) == ROWS:
         errors = relative_errors(got, sums_of_one_process(case))
         assert max(errors.values()) <= TOLERANCE, errors
-    if "ghost" in case.mode and not case.physical:
+    if case.makes_criterion and not case.physical:
         norms = wanted_norms(case)
         for rank, share in zip(ranks, case.shares, strict=True):
             if share:

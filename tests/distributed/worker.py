@@ -38,7 +38,7 @@ class Case:
 
     Args:
         name: a class of dpzoo, or "Linear", a plain layer that is there for Opacus' own behaviour.
-        mode: Opacus' grad_sample_mode; ghost_fsdp goes with FSDP2, the others with DPDDP.
+        mode: a grad_sample_mode; ghost_fsdp goes with FSDP2, Opacus' others and bk with DPDDP.
         shares: the rows of the batch that each rank has.
         clip: the clipping norm, C; a list for clipping by layer.
         noise: the noise multiplier.
@@ -70,6 +70,11 @@ class Case:
     outputs: int = 2
 
     @property
+    def makes_criterion(self) -> bool:
+        """Whether make_private returns a criterion, and the model has the norms of its rows."""
+        return self.mode in ("ghost", "ghost_fsdp", "bk")
+
+    @property
     def id(self) -> str:
         """A name that says what is not the default."""
         said = [self.name, self.mode]
@@ -93,7 +98,7 @@ class Result:
         gradient: parameter name -> what the optimizer was given.
         change: parameter name -> by how much the step lowered the parameter (the learning rate is 1).
         parameters: parameter name -> its value after the step.
-        norms: the norm of each of the rank's own rows, in ghost modes.
+        norms: the norm of each of the rank's own rows, in modes that make a criterion.
         state: the state dict of the whole model, if that was asked for.
         error: what was raised, as text; all else is empty then.
     """
@@ -183,7 +188,8 @@ def run(case: Case) -> Result:
     if case.placed:
         inner.register_step_pre_hook(place_like_parameters)
     rows = len(next(iter(batch.values())))
-    made: Any = PrivacyEngine(accountant="rdp").make_private(
+    engine = dpzoo.PrivacyEngine if case.mode == "bk" else PrivacyEngine
+    made: Any = engine(accountant="rdp").make_private(
         module=wrapped,
         optimizer=inner,
         criterion=criterion,
@@ -196,7 +202,7 @@ def run(case: Case) -> Result:
         grad_sample_mode=case.mode,
     )
     private, optimizer = made[0], made[1]
-    backward_of = made[2] if "ghost" in case.mode else criterion
+    backward_of = made[2] if case.makes_criterion else criterion
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: local(p) for name, p in parameters.items()}
@@ -213,7 +219,7 @@ def run(case: Case) -> Result:
         optimizer.zero_grad()
         loss = backward_of(private(**piece))
         (loss * 0 if dummy else loss).backward()
-        norms = private.per_sample_gradient_norms.clone() if "ghost" in case.mode else None
+        norms = private.per_sample_gradient_norms.clone() if case.makes_criterion else None
         optimizer.step()
 
     return Result(

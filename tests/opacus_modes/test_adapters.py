@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from opacus import PrivacyEngine
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import dpzoo
+from dpzoo.clipping.book import Book
 from dpzoo.registry import class_by_name, stock_class
-from tests.modes import MODES, assert_model_step_is_exact
+from tests.modes import ALL_MODES, Step, assert_model_step_is_exact, engine_of
 from tests.support import (
     FAMILY,
     NAMES,
@@ -105,7 +106,7 @@ def assert_twins_are_exact(
 # --- exactness ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 @pytest.mark.parametrize(
     "name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
@@ -135,7 +136,7 @@ def test_functorch_and_expanded_weights_are_exact_too(name: str, mode: str) -> N
     assert_twins_are_exact(name, mode, *twins(name))
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 @pytest.mark.parametrize("name", SWAPPED)
 def test_unwrapped_models_are_exact(name: str, mode: str) -> None:
     """With wrap_model=False Opacus' hooks must find the layers inside PEFT's wrapper."""
@@ -159,10 +160,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ("options", "mode"),
     [
         pytest.param(
-            options, mode, marks=() if i < 2 and mode in ("hooks", "ghost") else pytest.mark.slow
+            options,
+            mode,
+            marks=() if i < 2 and mode in ("hooks", "ghost", "bk") else pytest.mark.slow,
         )
         for i, options in enumerate(OPTIONS)
-        for mode in MODES
+        for mode in ALL_MODES
     ],
 )
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForMaskedLM"])
@@ -171,13 +174,13 @@ def test_other_targets_are_exact(name: str, mode: str, options: str) -> None:
     assert_twins_are_exact(name, mode, *twins(name, **OPTIONS[options]))
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel"])
 def test_checkpointed_adapters_are_exact(name: str, mode: str) -> None:
     """Nothing below the first adapter needs a gradient: recomputation must not lose the rest."""
     stock = stock_model(name)
     zoo = dpzoo.convert(copy.deepcopy(stock))
-    zoo.gradient_checkpointing_enable()
+    zoo.gradient_checkpointing_enable({"use_reentrant": mode != "bk"})
     adapted = get_peft_model(stock, lora(name)), get_peft_model(zoo, lora(name))
     randomize_adapter(adapted[0])
     adapted[1].load_state_dict(adapted[0].state_dict())
@@ -189,23 +192,31 @@ DORA = {
     "functorch": (TypeError, r"DoraLinearLayer.forward\(\) missing 4 required keyword-only"),
     "ew": (RuntimeError, "batch size"),
     "ghost": (NotImplementedError, "Parameter tying is not supported with Ghost Clipping"),
+    "bk": (dpzoo.InputError, "lora_magnitude_vector.* was called with 2 tensors, wanted one"),
 }
 TABLE = {
     "hooks": (ValueError, "Per sample gradient is not initialized"),
     "functorch": (ValueError, "Per sample gradient is not initialized"),
     "ew": (RuntimeError, "Expanded Weights encountered but cannot handle function"),
     "ghost": (AttributeError, "has no attribute '_norm_sample'"),
+    "bk": (dpzoo.DpzooError, "lora_embedding_A"),
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("options", "refusals"),
+    ("options", "refusals", "mode"),
     [
-        ({"use_dora": True}, DORA),
-        ({"target_modules": ["wte", "c_attn"]}, TABLE),  # LoRA of an embedding: bare parameters
+        *(pytest.param({"use_dora": True}, DORA, mode, id=f"dora-{mode}") for mode in ALL_MODES),
+        *(  # LoRA of an embedding: bare parameters
+            pytest.param(
+                {"target_modules": ["wte", "c_attn"]},
+                TABLE,
+                mode,
+                id=f"table-{mode}",
+            )
+            for mode in ALL_MODES
+        ),
     ],
-    ids=["dora", "table"],
 )
 def test_what_opacus_cannot_follow_is_an_error(
     options: dict[str, Any], refusals: dict[str, tuple[type[Exception], str]], mode: str
@@ -227,6 +238,51 @@ def test_peft_has_no_default_targets_for_distilbert() -> None:
     for model in (stock_model(name), dpzoo.convert(stock_model(name))):
         with pytest.raises(ValueError, match="Please specify `target_modules`"):
             get_peft_model(model, LoraConfig(task_type="SEQ_CLS"))
+
+
+class Products(TorchDispatchMode):
+    """The shapes of all matrix products, rows of a batch of products left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.shapes.add(tuple(result.shape[-2:]))
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bk_enters_no_use_of_a_frozen_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and sums of frozen weights would cost what LoRA is there to save."""
+    zoo = get_peft_model(dpzoo.convert(stock_model(name)), lora(name))
+    shapes: dict[bool, set[tuple[int, ...]]] = {True: set(), False: set()}
+    for p in zoo.parameters():
+        if p.ndim == 2 and len(p) > 1:
+            shapes[p.requires_grad] |= {tuple(p.shape), tuple(p.shape)[::-1]}
+    entered: set[torch.Tensor] = set()
+    add = Book.add
+
+    def spied(self: Book, parameter: torch.Tensor, use: Any, key: str) -> None:
+        entered.add(parameter)
+        add(self, parameter, use, key)
+
+    monkeypatch.setattr(Book, "add", spied)
+    step = Step(name, zoo, "bk")
+    with Products() as products:
+        step.backward(batch_for(name))
+    assert entered <= {p for p in zoo.parameters() if p.requires_grad}
+    assert entered >= {p for key, p in zoo.named_parameters() if "lora" in key}
+    assert shapes[False] - shapes[True]
+    assert not products.shapes & (shapes[False] - shapes[True])
+
+    # With nothing frozen the same products are there: the look-out above can see.
+    zoo.requires_grad_(True)
+    with Products() as products:
+        step.backward(batch_for(name))
+    assert products.shapes & (shapes[False] - shapes[True])
 
 
 # --- from zoo to stock and back -------------------------------------------------------------------
@@ -315,7 +371,7 @@ def test_state_dicts_of_adapted_models_are_interchangeable(
 # --- transformers' own adapter interface ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel"])
 def test_add_adapter_is_exact(name: str, mode: str) -> None:
     """PeftAdapterMixin puts the layers in place; the model, unwrapped, keeps class and names."""
@@ -359,7 +415,7 @@ def row_loss_of(name: str, model: Any, batch: dict[str, torch.Tensor], i: int) -
 
 
 @pytest.mark.parametrize("wrap_model", [True, False], ids=["wrapped", "unwrapped"])
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 @pytest.mark.parametrize("name", SWAPPED)
 def test_a_privately_trained_adapter_has_moved_and_reproduces_its_loss(
     name: str, mode: str, wrap_model: bool, tmp_path: Path
@@ -371,7 +427,7 @@ def test_a_privately_trained_adapter_has_moved_and_reproduces_its_loss(
     ).train()
     before = snapshot(adapted)
     moving = set(trainable(adapted))
-    made = PrivacyEngine(accountant="rdp").make_private(
+    made = engine_of(mode).make_private(
         module=adapted,
         optimizer=torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.02),
         criterion=dpzoo.ModelLoss(),
@@ -383,7 +439,7 @@ def test_a_privately_trained_adapter_has_moved_and_reproduces_its_loss(
         wrap_model=wrap_model,
     )
     model = made[0] if wrap_model else adapted
-    criterion = made[2] if mode == "ghost" else dpzoo.ModelLoss()
+    criterion = made[2] if mode in ("ghost", "bk") else dpzoo.ModelLoss()
     batch = batch_for(name)
     for _ in range(3):
         criterion(model(**batch)).backward()

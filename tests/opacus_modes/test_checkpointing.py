@@ -14,6 +14,11 @@ def enable(model: Any) -> None:
     assert model.is_gradient_checkpointing
 
 
+def enable_as_bk_takes_it(model: Any) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+
+
 def enable_with_frozen_embeddings(model: Any) -> None:
     enable(model)
     for key, parameter in model.named_parameters():
@@ -27,6 +32,7 @@ def enable_with_frozen_embeddings(model: Any) -> None:
     [
         ("hooks", enable),
         ("ghost", enable_with_frozen_embeddings),
+        ("bk", enable_as_bk_takes_it),
         pytest.param("hooks", enable_with_frozen_embeddings, marks=pytest.mark.slow),
         pytest.param("ghost", enable, marks=pytest.mark.slow),
         pytest.param("functorch", enable, marks=pytest.mark.slow),

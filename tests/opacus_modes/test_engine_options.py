@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpzoo
-from tests.modes import MODES, Step, assert_step_is_exact
+from tests.modes import ALL_MODES, MODES, Step, assert_step_is_exact, engine_of
 from tests.support import (
     NAMES,
     ROWS,
@@ -65,11 +65,11 @@ def test_ghost_mode_refuses_per_layer_clipping() -> None:
         Step("BertForSequenceClassification", model, "ghost", clipping="per_layer")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 def test_make_private_with_epsilon(mode: str) -> None:
     name = "DistilBertForSequenceClassification"
     model = dpzoo.convert(stock_model(name)).train()
-    engine = PrivacyEngine(accountant="rdp")
+    engine = engine_of(mode)
     batch = batch_for(name)
     made = engine.make_private_with_epsilon(
         module=model,
@@ -83,20 +83,21 @@ def test_make_private_with_epsilon(mode: str) -> None:
         grad_sample_mode=mode,
     )
     private, optimizer = made[0], made[1]
-    criterion = made[2] if mode == "ghost" else dpzoo.ModelLoss()
+    criterion = made[2] if mode in ("ghost", "bk") else dpzoo.ModelLoss()
     ids = batch.pop("input_ids")
     criterion(private(ids, **batch)).backward()
     optimizer.step()
     assert 0 < engine.get_epsilon(1e-2) <= 8.0
 
 
+@pytest.mark.parametrize("mode", ["ghost", "bk"])
 @pytest.mark.parametrize("name", [n for n in NAMES if TASK[n] == "sequence-classification"])
-def test_cross_entropy_on_logits_in_ghost_mode(name: str) -> None:
+def test_cross_entropy_on_logits(name: str, mode: str) -> None:
     """The criterion of Opacus' own tutorials keeps working, and says the same as ModelLoss."""
     stock, batch = stock_model(name), batch_for(name)
     gradients = []
     for criterion in (dpzoo.ModelLoss(), nn.CrossEntropyLoss()):
-        step = Step(name, dpzoo.convert(copy.deepcopy(stock)), "ghost", max_grad_norm=0.5)
+        step = Step(name, dpzoo.convert(copy.deepcopy(stock)), mode, max_grad_norm=0.5)
         step.criterion.criterion = criterion
         if isinstance(criterion, dpzoo.ModelLoss):
             loss = step.criterion(step.wrapped(**batch))
@@ -108,13 +109,14 @@ def test_cross_entropy_on_logits_in_ghost_mode(name: str) -> None:
         assert largest_error(gradients[1][key], value) <= 1e-12, key
 
 
-def test_cross_entropy_with_shape_for_language_models_in_ghost_mode() -> None:
+@pytest.mark.parametrize("mode", ["ghost", "bk"])
+def test_cross_entropy_with_shape_for_language_models(mode: str) -> None:
     """Opacus' ``shape=`` form: flat logits and labels, rows put together again by the criterion."""
     name = "BertForMaskedLM"
     stock, batch = stock_model(name), batch_for(name)
     gradients = []
     for flat in (False, True):
-        step = Step(name, dpzoo.convert(copy.deepcopy(stock)), "ghost", max_grad_norm=0.5)
+        step = Step(name, dpzoo.convert(copy.deepcopy(stock)), mode, max_grad_norm=0.5)
         if flat:
             step.criterion.criterion = nn.CrossEntropyLoss()
             logits = step.wrapped(**without_labels(batch)).logits
@@ -191,9 +193,12 @@ def test_adaptive_clipping_runs() -> None:
 
 @pytest.mark.parametrize("wrap_model", [True, False])
 @pytest.mark.parametrize("name", [name for name in NAMES if TASK[name] != "base"])
-def test_an_ordinary_loss_is_refused_in_ghost_mode(name: str, wrap_model: bool) -> None:
+def test_an_ordinary_loss_is_refused_in_ghost_mode_and_bk(name: str, wrap_model: bool) -> None:
     """Opacus would take the step unclipped; in hooks mode the same line is right."""
     batch = batch_for(name)
+    step = Step(name, dpzoo.convert(stock_model(name)), "bk", wrap_model=wrap_model)
+    with pytest.raises(dpzoo.InputError, match=r"An ordinary loss was backpropagated.*'bk'"):
+        step.wrapped(**batch).loss.backward()
     step = Step(name, dpzoo.convert(stock_model(name)), "ghost", wrap_model=wrap_model)
     with pytest.raises(
         dpzoo.InputError, match=r"backpropagated in grad_sample_mode='ghost', where"
@@ -203,3 +208,41 @@ def test_an_ordinary_loss_is_refused_in_ghost_mode(name: str, wrap_model: bool) 
     output = hooks.wrapped(**batch)
     if TASK[name] != "double-heads":
         output.loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
+@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "GPT2LMHeadModel"])
+def test_the_noise_multiplier_is_the_noise_of_every_parameter(name: str, mode: str) -> None:
+    """A tied or unused parameter without noise, or with two draws, is a release in the clear."""
+    sigma, clip, steps = 1.7, 0.3, 10
+    model = dpzoo.convert(stock_model(name))
+    step = Step(name, model, mode, max_grad_norm=clip, reduction="sum")
+    batch = batch_for(name)
+    noise: dict[str, list[torch.Tensor]] = {}
+    for _ in range(steps):
+        silent, loud = [], []
+        for sums, step.optimizer.noise_multiplier in ((silent, 0.0), (loud, sigma)):
+            start = {key: p.detach().clone() for key, p in model.named_parameters()}
+            step.backward(batch)
+            sums.append(step.gradient())
+            with torch.no_grad():
+                for key, p in model.named_parameters():
+                    p.copy_(start[key])
+        for key, value in loud[0].items():
+            noise.setdefault(key, []).append((value - silent[0][key]).flatten())
+    for key, values in noise.items():
+        drawn = torch.stack(values) / (sigma * clip)
+        count = drawn.numel()
+        assert float(drawn.square().mean()) == pytest.approx(1, abs=6 * (2 / count) ** 0.5), key
+        assert float(drawn.mean()) == pytest.approx(0, abs=6 / count**0.5), key
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
+def test_secure_mode_without_its_library_is_refused(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordinary generator in its place would be a silent downgrade."""
+    monkeypatch.setitem(sys.modules, "torchcsprng", None)
+    kind = dpzoo.PrivacyEngine if mode == "bk" else PrivacyEngine
+    with pytest.raises(ImportError, match="torchcsprng"):
+        kind(secure_mode=True)

@@ -1,6 +1,6 @@
-"""Peak memory of a step of GPT-2's language model, head tied: in ghost mode, in hooks, not private.
+"""Peak memory of a step of GPT-2's language model, head tied: in ghost mode, hooks, bk, not private.
 
-    python -m tests.opacus_modes.test_memory ghost   # or hooks, or none
+    python -m tests.opacus_modes.test_memory ghost   # or hooks, bk, none
 
 Each figure comes from a process of its own, since a peak never falls, and is the resident memory of that
 process: of all of it, and above what it held before the step (libraries, model and optimizer).
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from opacus import PrivacyEngine
 from torch.utils.data import DataLoader
 from transformers import GPT2Config
 
 import dpzoo
+from tests.modes import engine_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +47,7 @@ def measure(mode: str) -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
     optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), dpzoo.ModelLoss()
     if mode != "none":
-        module, optimizer, *ghost, _ = PrivacyEngine(accountant="rdp").make_private(
+        module, optimizer, *ghost, _ = engine_of(mode).make_private(
             module=model,
             optimizer=optimizer,
             criterion=criterion,
@@ -79,21 +79,28 @@ def measured(mode: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_ghost_mode_needs_a_fraction_of_the_memory_of_hooks(
+def test_ghost_mode_and_bk_need_a_fraction_of_the_memory_of_hooks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ghost, hooks, none = measured("ghost"), measured("hooks"), measured("none")
+    book = measured("bk")
     with capsys.disabled():
         print(
             f"\ntied GPT-2 LM: vocabulary {VOCAB}, hidden {HIDDEN}, 4 layers, {BATCH} x {SEQ} tokens"
         )
-        for name, figures in (("ghost", ghost), ("hooks", hooks), ("not private", none)):
+        for name, figures in (
+            ("ghost", ghost),
+            ("hooks", hooks),
+            ("bk", book),
+            ("not private", none),
+        ):
             print(f"{name:12} peak {figures[0]:5.0f} MiB, {figures[1]:5.0f} MiB of it in the step")
         print(f"ghost / hooks: {ghost[0] / hooks[0]:.2f}, in the step {ghost[1] / hooks[1]:.2f}")
     assert hooks[1] > 2 * TABLES  # the gradients, and a copy of Opacus' own
     assert ghost[0] < 0.5 * hooks[0]
     assert ghost[1] < 0.45 * hooks[1]
     assert ghost[1] < 1.5 * none[1]
+    assert book[0] < min(1.15 * none[0], ghost[0])
 
 
 if __name__ == "__main__":

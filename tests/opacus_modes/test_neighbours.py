@@ -35,10 +35,12 @@ def test_isolation(name: str, mode: str) -> None:
         assert largest_error(new[1], old[1]) <= 1e-12
 
 
+@pytest.mark.parametrize("mode", ["ghost", "bk"])
 @pytest.mark.parametrize("name", NAMES)
-def test_isolation_of_norms_in_ghost_mode(name: str) -> None:
+def test_isolation_of_norms(name: str, mode: str) -> None:
+    """As above, in the modes that have no gradients of single rows."""
     model = dpzoo.convert(stock_model(name))
-    step = Step(name, model, "ghost")
+    step = Step(name, model, mode)
     batch, other = batch_for(name, padding="right"), batch_for(name, padding="left")
     step.backward(batch)
     before = step.norms().clone()
@@ -49,7 +51,8 @@ def test_isolation_of_norms_in_ghost_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", ["hooks", "ghost", *(pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW_MODES)]
+    "mode",
+    ["hooks", "ghost", "bk", *(pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW_MODES)],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_sensitivity(name: str, mode: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.modes import MODES, assert_step_is_exact
+from tests.modes import ALL_MODES, assert_step_is_exact
 from tests.support import NAMES, TASK, batch_for, stock_model
 
 LAST = ("layer.1.", "h.1.")
@@ -33,6 +33,8 @@ DAILY = [
     ("bias only", "ew"),
     ("head only", "hooks"),
     ("head only", "ghost"),
+    ("bias only", "bk"),
+    ("head only", "bk"),
 ]
 
 
@@ -41,7 +43,7 @@ DAILY = [
     [
         pytest.param(subset, mode, marks=() if (subset, mode) in DAILY else pytest.mark.slow)
         for subset in SUBSETS
-        for mode in MODES
+        for mode in ALL_MODES
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""Tied output heads: exact in ghost mode, and without a tensor of (batch, vocab, hidden)."""
+"""Tied output heads: exact in every mode, and without a tensor of (batch, vocab, hidden)."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import dpzoo
 from dpzoo.layers import LMHead
-from tests.modes import MODES, Step, assert_step_is_exact
+from tests.modes import ALL_MODES, Step, assert_step_is_exact
 from tests.support import ROWS, TIED, VOCAB, batch_for, stock_model
 
 WITH_BIAS = [name for name in TIED if not name.startswith("GPT2")]
@@ -30,22 +30,23 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("mode", ["ghost", "bk"])
 @pytest.mark.parametrize("name", TIED)
-def test_ghost_mode_builds_nothing_of_batch_by_vocab_by_hidden(name: str) -> None:
+def test_nothing_of_batch_by_vocab_by_hidden_is_built(name: str, mode: str) -> None:
     """Here rows x vocab x hidden is larger than every activation, logit and Gram matrix."""
     batch = batch_for(name, seq=5)
     sizes = {}
-    for mode in ("ghost", "hooks"):
+    for run in (mode, "hooks"):
         model = dpzoo.convert(stock_model(name))
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        step = Step(name, model, mode)
+        step = Step(name, model, run)
         with LargestTensor() as largest:
             step.backward(batch)
-        sizes[mode] = largest.numel
-    assert sizes["ghost"] < ROWS * VOCAB * 24 <= sizes["hooks"]
+        sizes[run] = largest.numel
+    assert sizes[mode] < ROWS * VOCAB * 24 <= sizes["hooks"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("name", WITH_BIAS)
 def test_a_frozen_table_with_a_trainable_head_bias(name: str, mode: str) -> None:
     def freeze(model: Any) -> None:
@@ -63,7 +64,7 @@ def test_a_tied_head_without_a_look_up(name: str, mode: str) -> None:
     assert_step_is_exact(name, mode, batch, stock_model(name))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("name", TIED)
 def test_resized_tied_heads(name: str, mode: str) -> None:
     """resize_token_embeddings keeps the parts' types, and so the exactness."""

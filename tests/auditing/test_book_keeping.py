@@ -1,0 +1,310 @@
+"""The audit of mode "bk": the zoo passes, planted bugs are named, and a broken bk is caught."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import dpzoo
+from dpzoo.auditing import audit, audit_loop
+from dpzoo.clipping.book import Book
+from dpzoo.clipping.noise import NoiseStreams
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.clipping.uses import Lookup, Projection
+from tests.auditing.clean import CLEAN, NO_EMPTY_BATCH
+from tests.auditing.loops import Loop
+from tests.auditing.planted import PLANTED, Planted
+from tests.auditing.test_zoo import SAMPLED
+from tests.support import TIED, batch_for, stock_model
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_class_of_the_zoo_passes_every_check(name: str) -> None:
+    """None is skipped, and a NaN row is left out: no note about one."""
+    model = dpzoo.convert(stock_model(name, dtype=torch.float32))
+    report = audit(model, batch_for(name), modes=("bk",))
+    assert report.ok, str(report)
+    assert not any(result.skipped for result in report), str(report)
+    assert all("one parameter under 2 names" in f.message for f in report.findings)
+    assert bool(report.findings) == (name in TIED)
+
+
+def test_bk_beside_opacus_own_modes() -> None:
+    name = "GPT2LMHeadModel"
+    model = dpzoo.convert(stock_model(name, dtype=torch.float32))
+    report = audit(model, batch_for(name), modes=("bk", "hooks", "ghost"))
+    assert report.ok, str(report)
+    assert report.modes == ("bk", "hooks", "ghost")
+    assert not any(result.skipped for result in report), str(report)
+
+
+# --- clean models that are not dpzoo's ------------------------------------------------------------------
+
+REFUSED = {
+    "DPLSTM": "returns tuple, wanted a tensor",
+    "DPGRU": "returns tuple, wanted a tensor",
+    "bag of words": "bag was called with 2 tensors, wanted one",
+}
+"""Clean models that bk has no way for, and what it says."""
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_clean_model_passes_or_is_refused_by_name(name: str) -> None:
+    model, batch, options = CLEAN[name]()
+    report = audit(model, batch, **{**options, "modes": ("bk",)})
+    alarms = [f.message for f in report.findings if f.severity != "note"]
+    if name in REFUSED:
+        (alarm,) = alarms
+        assert REFUSED[name] in alarm
+        assert alarm.startswith("bk mode raises in its first step: ")
+    elif "hooks" in NO_EMPTY_BATCH.get(name, ("",))[0]:  # the model itself raises
+        (alarm,) = alarms
+        assert alarm.startswith("bk mode raises on an empty batch")
+    else:
+        assert not alarms, str(report)
+
+
+# --- planted bugs ---------------------------------------------------------------------------------------
+
+ROW = "differ by more than the clipping norm"
+REFUSAL = "bk mode raises in its first step: "
+NOISE_ALONE = "moved by noise alone"
+
+IN_BK: dict[str, tuple[str, str]] = {
+    "a wrong batch axis": ("coverage", REFUSAL + "InputError: inner has per-sample gradients of batch"),
+    "choices flattened": ("coverage", REFUSAL + "InputError: score has per-sample gradients of batch"),
+    "positions of shape": ("coverage", REFUSAL + "InputError: positions has per-sample gradients of"),
+    "batch norm": ("coverage", REFUSAL + "UnsupportedModelError: 1 (BatchNorm1d) holds parameters beside"),
+    "the batch's mean": ("sensitivity", ROW),
+    "in-batch negatives": ("sensitivity", ROW),
+    "a mixture's balance": ("isolation", "depends on other rows"),
+    "a token-mean loss": ("isolation", "not the mean of the rows' losses"),
+    "a loss over num_items": ("sensitivity", ROW),
+    "a functional tie": ("coverage", REFUSAL + "InputError: The losses use"),
+    "a weight used from outside": ("coverage", REFUSAL + "InputError: The losses use inner.weight 1 times"),
+    "a parameter held by": ("coverage", REFUSAL + "UnsupportedModelError: (Container) holds parameters"),
+    "Opacus' own EmbeddingBag": ("coverage", REFUSAL + "InputError: bag was called with 2 tensors"),
+    "a branch": ("split", "physical batches of 1 give another sum"),
+    "a trainable layer that is detached": ("coverage", NOISE_ALONE),
+    "an empty batch that raises": ("edges", "bk mode raises on an empty batch"),
+    "a loss computed from a copy": ("effect", "the loss did not follow"),
+}  # fmt: skip
+"""The beginning of a planted bug's name -> the check that names it in bk, and a part of the message."""
+
+RIGHT_IN_BK = {
+    "a buffer beside": "",
+    "a module tie": "one parameter under 2 names",
+    "an activation passed by keyword": "",
+    "a padding row": "",
+    "a grad sampler whose sum": "",  # bk goes by the layer's forward, which is nn.Linear's
+    "a row whose gradient is NaN": "bk leaves the row out and counts it",
+}
+"""The same of what is no bug in bk -> a part of the note that it gives, if it gives one."""
+
+
+def _of(table: dict[str, Any], planted: Planted) -> Any:
+    return next((table[key] for key in table if planted.name.startswith(key)), None)
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
+def test_a_planted_bug_is_named_or_none_in_bk(planted: Planted) -> None:
+    model, batch = planted.build()
+    report = audit(model, batch, **{**planted.options, "modes": ("bk",)})
+    expected = _of(IN_BK, planted)
+    assert report.ok == (expected is None), str(report)
+    if expected is None:
+        note = _of(RIGHT_IN_BK, planted)
+        assert all(note and note in f.message for f in report.findings)
+        assert bool(report.findings) == bool(note)
+        return
+    check, says = expected
+    found = [f for f in report[check].findings if says in f.message and f.severity != "note"]
+    assert found, str(report)
+    assert all(f.mode == ("bk" if check != "isolation" else None) and f.remedy for f in found)
+
+
+# --- bk itself, broken ----------------------------------------------------------------------------------
+
+
+def _no_cross_terms(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("dpzoo.clipping.book.inner_product", lambda a, b: torch.zeros(len(a.grads)))
+
+
+def _repeated_ids_apart(patch: pytest.MonkeyPatch) -> None:
+    """As if no id came twice in a row."""
+    patch.setattr(Lookup, "squared_norm", lambda self: self.grads.square().sum((1, 2)))
+
+
+def _shares_of_other_rows(patch: pytest.MonkeyPatch) -> None:
+    add_to = Projection.add_to
+    patch.setattr(
+        Projection, "add_to", lambda self, total, weights: add_to(self, total, weights.flip(0))
+    )
+
+
+def _factors_of_the_batch(patch: pytest.MonkeyPatch) -> None:
+    factors = BookKeepingOptimizer.clip_factors
+
+    def all_the_smallest(self: Any, squared: Any, norms: torch.Tensor) -> Any:
+        made = factors(self, squared, norms)
+        return {None: made[None].amin().expand_as(norms) if len(norms) else norms}
+
+    patch.setattr(BookKeepingOptimizer, "clip_factors", all_the_smallest)
+
+
+def _last_backward_only(patch: pytest.MonkeyPatch) -> None:
+    close = Book.close
+
+    def forgetful(self: Book, parameter: Any, weights: Any, kept: Any = None) -> torch.Tensor:
+        parameter.summed_grad = None
+        return close(self, parameter, weights, kept)
+
+    patch.setattr(Book, "close", forgetful)
+
+
+def _nan_rows_kept(patch: pytest.MonkeyPatch) -> None:
+    close = Book.close
+    patch.setattr(
+        Book, "close", lambda self, parameter, weights, kept: close(self, parameter, weights)
+    )
+
+
+def _sums_not_cleared(patch: pytest.MonkeyPatch) -> None:
+    add_noise = BookKeepingOptimizer.add_noise
+
+    def keeping(self: Any) -> None:
+        sums = [p.summed_grad.clone() for p in self.params]
+        add_noise(self)
+        for p, total in zip(self.params, sums, strict=True):
+            p.summed_grad = total
+
+    patch.setattr(BookKeepingOptimizer, "add_noise", keeping)
+    patch.setattr(BookKeepingOptimizer, "zero_grad", lambda self, set_to_none=True: None)
+
+
+def _half_the_noise(patch: pytest.MonkeyPatch) -> None:
+    noise = BookKeepingOptimizer._noise_in_place
+    patch.setattr(
+        BookKeepingOptimizer,
+        "_noise_in_place",
+        lambda self, grads, std: noise(self, grads, std / 2),
+    )
+
+
+def _one_seed(patch: pytest.MonkeyPatch) -> None:
+    """Streams that begin anew in every step."""
+    add = NoiseStreams.add
+
+    def again(self: Any, *args: Any) -> None:
+        torch.manual_seed(0)
+        self._streams = None
+        add(self, *args)
+
+    patch.setattr(NoiseStreams, "add", again)
+
+
+BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
+    (_no_cross_terms, "exactness", "bk mode's norms are"),
+    (_repeated_ids_apart, "exactness", "bk mode's norms are"),
+    (_shares_of_other_rows, "exactness", "the sum over rows is right and the rows are not"),
+    (_factors_of_the_batch, "parity", "not that of the rows' true gradients"),
+    (_last_backward_only, "split", "physical batches of 1 give another sum"),
+    (_nan_rows_kept, "edges", "is not left out of the sum"),
+    (_sums_not_cleared, "freshness", "a step depends on the batch before it"),
+    (_half_the_noise, "noise", "less than the standard deviation"),
+    (_one_seed, "noise", "not independent"),
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "check", "says"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_broken_bk_is_caught(
+    broken: Callable[[pytest.MonkeyPatch], None],
+    check: str,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check that is meant for it says so; one that cannot fail would prove nothing."""
+    name = "GPT2LMHeadModel"
+    model, batch = dpzoo.convert(stock_model(name)), batch_for(name)
+    batch["input_ids"][:, 1] = batch["input_ids"][:, 2]  # twice in a row
+    assert audit(model, batch, modes=("bk",), checks=[check]).ok
+    broken(monkeypatch)
+    report = audit(model, batch, modes=("bk",), checks=[check])
+    assert not report.ok
+    assert any(says in f.message for f in report.findings), str(report)
+
+
+# --- loops ----------------------------------------------------------------------------------------------
+
+ADAPTIVE = {
+    "clipping": "adaptive",
+    "target_unclipped_quantile": 0.5,
+    "clipbound_learning_rate": 0.4,
+    "max_clipbound": 50.0,
+    "min_clipbound": 0.01,
+    "unclipped_num_std": 1.5,
+}
+
+
+@pytest.mark.parametrize(
+    "options", [ADAPTIVE, {"clipping": "automatic"}], ids=lambda o: o["clipping"]
+)
+def test_a_right_loop_of_other_clippings_passes(options: dict[str, Any]) -> None:
+    loop = Loop("bk", max_grad_norm=20.0, **options)
+    clip = loop.optimizer.max_grad_norm
+    report = audit_loop(*loop.objects(), step=loop.step)
+    assert report.ok, str(report)
+    assert report.modes == ("bk",)
+    assert loop.optimizer.max_grad_norm == clip  # though steps were taken
+
+
+def test_micro_batches_add_up_and_are_a_note_only() -> None:
+    """Under ghost the same loop is a privacy matter."""
+    loop = Loop("bk", max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        half = max(len(batch[0]) // 2, 1)
+        loop.optimizer.zero_grad()
+        for part in (slice(0, half), slice(half, None)):
+            loop.backward((batch[0][part], batch[1][part]))
+        loop.optimizer.step()
+
+    report = audit_loop(*loop.objects(), step=step)
+    assert report.ok, str(report)
+    assert any("2 forward passes for one step" in f.message for f in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [(_half_the_noise, "less than the standard deviation"), (_one_seed, "not independent")],
+    ids=["half the noise", "one seed"],
+)
+def test_a_loop_with_wrong_noise_is_caught(
+    broken: Callable[[pytest.MonkeyPatch], None], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch)
+    report = audit_loop(*Loop("bk").objects())
+    found = [f.message for f in report["noise"].findings if f.severity == "privacy"]
+    assert any(says in message for message in found)
+
+
+def test_a_sum_that_is_left_over_is_caught() -> None:
+    loop = Loop("bk")
+    loop.backward(next(iter(loop.loader)))
+    report = audit_loop(*loop.objects())
+    assert [f.severity for f in report["freshness"].findings] == ["privacy"]
+    assert "clipped sums of an earlier batch" in report["freshness"].findings[0].message
+
+
+def test_unfreezing_after_wrapping_is_no_matter_in_bk() -> None:
+    """Unless the optimizer does not have the parameters."""
+    loop = Loop("bk", freeze=("0.weight", "0.bias"))
+    for p in loop.net.parameters():
+        p.requires_grad_()
+    report = audit_loop(*loop.objects())
+    assert not report["freshness"].findings
+    (finding,) = report["loop lint"].findings
+    assert "are not in the optimizer" in finding.message
