@@ -107,8 +107,24 @@ def test_the_audit_is_used_as_shown() -> None:
     assert names["report"].ok
 
 
+def test_the_trainer_is_used_as_shown(tmp_path: Path) -> None:
+    rows = [{"input_ids": torch.randint(5, 61, (7,)), "labels": row % 2} for row in range(12)]
+    names = run(
+        BLOCKS[5],
+        {'"out"': repr(str(tmp_path / "out"))},
+        model=stock_model("BertForSequenceClassification"),
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=2, report_to=[], use_cpu=True
+        ),
+        train_dataset=rows,
+        tokenizer=None,
+    )
+    assert 0 < names["trainer"].epsilon <= 8
+    transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
 def test_every_block_has_its_test() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def test_the_table_is_the_registry() -> None:
