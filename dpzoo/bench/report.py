@@ -114,6 +114,8 @@ class BenchReport:
         axes = figure.subplots(2, len(sweeps), squeeze=False, sharey="row")
         for column, (axis, fixed) in enumerate(sweeps):
             self._draw(axes[:, column], axis, fixed)
+        for row in axes:  # which share their scale, so not before all is drawn
+            row[0].set_ylim(bottom=0)
         figure.savefig(path, dpi=130)
 
     def _sweeps(self, axis: str) -> list[int]:
@@ -145,7 +147,6 @@ class BenchReport:
             panel.set_xscale("log", base=2)
             panel.set_xticks(ticks, [str(tick) for tick in ticks])
             panel.minorticks_off()
-            panel.set_ylim(bottom=0)
             panel.set_title(f"{other} {fixed}", fontsize=10)
             panel.set_xlabel(axis)
             panel.set_ylabel(f"{title} / non-private")

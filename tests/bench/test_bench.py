@@ -230,7 +230,7 @@ def report_of(*shapes: tuple[int, int]) -> BenchReport:
 def test_plot(tmp_path: Path) -> None:
     path = tmp_path / "growth.svg"
     report_of((8, 32), (8, 64), (8, 128), (1, 128), (4, 128)).plot(path)
-    drawn = path.read_text()
+    drawn = path.read_text(encoding="utf-8")
     assert drawn.count('id="axes_') == 4  # time and memory, over seq and over batch
     with pytest.raises(InputError, match="nothing to plot"):
         report_of((8, 32), (4, 64)).plot(path)

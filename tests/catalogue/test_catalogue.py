@@ -84,7 +84,7 @@ def test_the_numbers_are_those_of_the_checkpoint_at_hand() -> None:
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
 def test_every_entry_is_consistent_and_has_sources(entry: Checkpoint) -> None:
     assert entry.hidden % entry.heads == 0
-    source = r"https://(huggingface\.co|github\.com)/\S+|the package \S+ \S+ on PyPI, \S+"
+    source = r"https://(huggingface\.co|github\.com)/\S+|the package \S+ \S+ as released, \S+"
     assert re.fullmatch(source, entry.source)
     assert (entry.quirk_source is not None) == bool(entry.quirks)
     assert set(entry.quirks) <= set(quirks())

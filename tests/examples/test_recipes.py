@@ -11,6 +11,7 @@ import multiple_choice
 import pytest
 import quickstart_recipe
 import recipes
+import sst2_model
 import text_classification
 import token_classification
 import yaml
@@ -24,6 +25,7 @@ KINDS = {
     "multiple-choice": multiple_choice.Recipe,
     "quickstart": quickstart_recipe.Recipe,
     "sst2-minilm": quickstart_recipe.Recipe,
+    "sst2-study": sst2_model.Recipe,
     "text-classification": text_classification.Recipe,
     "text-classification-bias": text_classification.Recipe,
     "token-classification": token_classification.Recipe,

@@ -1,0 +1,128 @@
+"""Every command line that the README shows, run as written: big models and files stand for small ones.
+
+What a command is given beyond the README is in `SMALLER`. `make` targets are run dry: the
+tests themselves are one of them, and continuous integration runs them all.
+"""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpzoo.cli import main
+from tests.examples.test_sst2_study import TINY as STUDY
+from tests.examples.tiny import SMALL
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+BLOCKS = [block for language, block in FENCED if not language]
+COMMANDS = [
+    re.split(r"\s+#", line)[0].strip()
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+SMALLER = {
+    "bench": "--batch 2 --seq 5 --steps 1 --warmup 0 --every 2 --processes 0",
+    "text_classification": SMALL,
+    "lora": SMALL,
+    "sst2_study": STUDY,
+}
+
+pytestmark = pytest.mark.usefixtures("quick_accountant")
+
+
+def of(*starts: str) -> list[str]:
+    return [command for command in COMMANDS if command.startswith(starts)]
+
+
+def test_every_command_has_its_test() -> None:
+    known = of("make ", "pip install ", "dpzoo ", "python examples/")
+    assert known == COMMANDS
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("command", of("make "))
+def test_make(command: str) -> None:
+    done = subprocess.run(
+        [*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    target = command.split()[1]
+    wanted = {"demo": "examples/quickstart.py", "test": "-m pytest"}[target]
+    assert wanted in done.stdout
+
+
+@pytest.mark.parametrize("command", of("pip install "))
+def test_pip_install_names_extras_that_there_are(command: str) -> None:
+    (what,) = shlex.split(command)[2:]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert re.fullmatch(r"\.(\[(\w+)\])?", what)
+    asked = re.findall(r"\[(\w+)\]", what)
+    assert set(asked) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("command", of("dpzoo "))
+def test_command_line(
+    command: str,
+    checkpoint: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, name, *arguments = shlex.split(command)
+    checkpoint("bert", "masked-lm").rename("bert-base-uncased")
+    (tmp_path / "bert-base").symlink_to("bert-base-uncased")
+    if name == "bench":
+        checkpoint("roberta", "sequence-classification").rename("roberta-tiny")
+        checkpoint("gpt2", "causal-lm").rename("gpt2-tiny")
+    if command.startswith("dpzoo convert"):
+        (tmp_path / "bert-base").unlink()
+    if name == "bench":
+        # The presets' width and vocabulary, which make their figures, are not for a test.
+        arguments[0] = {"roberta-base": "roberta-tiny", "gpt2": "gpt2-tiny"}[arguments[0]]
+        if "--layers" in arguments:
+            at = arguments.index("--layers")
+            del arguments[at : at + 2]
+        for option in ("--batch", "--seq", "--shapes"):
+            if option in arguments:
+                at = arguments.index(option)
+                arguments[at + 1] = "2x5,2x6" if option == "--shapes" else "2"
+    arguments += SMALLER.get(name, "").split()
+    assert main([name, *arguments]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", of("python examples/"))
+def test_examples(
+    command: str,
+    checkpoint: Callable[[str, str], Path],
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.tsv", "dev.tsv"):
+        text = reviews.read_text(encoding="utf-8")
+        if "sst2" in command:  # whose labels are 0 and 1
+            text = text.replace("\tneg\n", "\t0\n").replace("\tpos\n", "\t1\n")
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    _, script, *arguments = shlex.split(command)
+    name = Path(script).stem
+    module = importlib.import_module(name)
+    model = checkpoint("bert", "sequence-classification")
+    arguments += ["--model", str(model), *SMALLER[name].split()]
+    assert module.main(arguments) == 0
