@@ -285,3 +285,48 @@ def test_a_noise_state_of_secure_mode_is_empty() -> None:
     optimizer.load_noise_state({})
     with pytest.raises(InputError, match="without secure mode, wanted one of it"):
         optimizer.load_noise_state(state)
+
+
+# --- twenty steps against rows run alone ------------------------------------------------------------
+
+
+def clipped_sum(model: nn.Module, clipping: str, clip: Any) -> list[torch.Tensor]:
+    """The clipped sum of the rows' gradients, each row alone."""
+    parameters = list(model.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    for x, y in zip(*data().tensors, strict=True):
+        loss = nn.functional.cross_entropy(model(x[None]), y[None])
+        row = torch.autograd.grad(loss, parameters)
+        norm = torch.stack([g.norm() for g in row]).norm()
+        for i, g in enumerate(row):
+            if clipping == "per_layer":
+                factor = (clip[i] / (g.norm() + 1e-6)).clamp(max=1.0)
+            elif clipping == "automatic":
+                factor = clip / (norm + 0.01)
+            else:
+                factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+            total[i] += factor * g
+    return total
+
+
+@pytest.mark.parametrize(
+    ("clipping", "clip"),
+    [("flat", 0.5), ("automatic", 0.5), ("per_layer", [0.3, 0.1, 0.2, 0.1, 0.4, 0.2])],
+)
+def test_twenty_steps_of_every_clipping(clipping: str, clip: Any) -> None:
+    model, twin = model_of(), model_of()
+    _, _, optimizer, backward = private(model, clipping=clipping, max_grad_norm=clip)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.5)
+    for _ in range(20):
+        step(optimizer, backward)
+        for parameter, total in zip(
+            twin.parameters(), clipped_sum(twin, clipping, clip), strict=True
+        ):
+            parameter.grad = total / ROWS
+        plain.step()
+    start = model_of()
+    for got, wanted, before in zip(
+        model.parameters(), twin.parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+        assert not torch.equal(wanted, before)
