@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import stat
@@ -118,7 +119,11 @@ def test_a_process_that_was_killed(start: Any, tmp_path: Path) -> None:
     torch.save(start, tmp_path / "start.pt")
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     root = Path(__file__).resolve().parents[2]
-    killed = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    # To the bit, sums are the same only on the same number of threads.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env={**os.environ, **threads}
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (steps,) = json.loads((tmp_path / LEDGER_NAME).read_text()).values()
     assert steps == 5
