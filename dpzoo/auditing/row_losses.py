@@ -7,6 +7,7 @@ import torch
 
 from dpzoo.auditing.batches import Batch
 from dpzoo.errors import InputError
+from dpzoo.models.cache import CACHE_NAMES
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -124,7 +125,7 @@ def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
             yield outputs
     elif isinstance(outputs, Mapping):
         for name, value in outputs.items():
-            if name != "past_key_values":  # inputs of a next call, not outputs
+            if name not in CACHE_NAMES:  # inputs of a next call, not outputs
                 yield from _tensors(value)
     elif isinstance(outputs, (tuple, list)):
         for value in outputs:

@@ -83,15 +83,15 @@ class SelfAttention(nn.Module):
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
-        past_key_values: Any,
+        cache: Any,
         num_choices: int,
         eager: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = split_heads(self.query(hidden), self.num_heads, num_choices)
         key = split_heads(self.key(hidden), self.num_heads, num_choices)
         value = split_heads(self.value(hidden), self.num_heads, num_choices)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         context, weights = attend(
             query,
             key,
@@ -156,12 +156,12 @@ class EncoderLayer(CheckpointedLayer):
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         num_choices: int = 1,
         eager: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, num_choices * seq, hidden) -> the same shape, and the attention weights if eager."""
-        attended, weights = self.attention(hidden, mask, past_key_values, num_choices, eager)
+        attended, weights = self.attention(hidden, mask, cache, num_choices, eager)
         return self.output(self.intermediate(attended), attended), weights
 
 
@@ -178,15 +178,13 @@ class Encoder(nn.Module):
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
         *,
-        past_key_values: Any = None,
+        cache: Any = None,
         num_choices: int = 1,
         eager: bool = False,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Each layer's output in turn, with its attention weights if ``eager``."""
         for layer in self.layer:
-            hidden, weights = layer(
-                hidden, mask, past_key_values=past_key_values, num_choices=num_choices, eager=eager
-            )
+            hidden, weights = layer(hidden, mask, cache=cache, num_choices=num_choices, eager=eager)
             yield hidden, weights
 
 

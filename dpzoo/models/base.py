@@ -200,7 +200,7 @@ class PerSampleModel(PreTrainedModel):
         causal: bool,
         eager: bool,
         num_choices: int = 1,
-        past_key_values: Any = None,
+        cache: Any = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """The mask as `dpzoo.layers.attend` takes it, for rows of (batch * num_choices).
@@ -212,7 +212,7 @@ class PerSampleModel(PreTrainedModel):
             causal: whether a position sees only those before it.
             eager: whether an additive mask is wanted instead of a boolean one.
             num_choices: sequences a row holds.
-            past_key_values: a transformers cache, for its length.
+            cache: a transformers cache, for its length.
             position_ids: (rows, seq); with no mask given, rows that restart are packed sequences.
         """
         rows = unfold_choices(hidden, num_choices)
@@ -224,7 +224,7 @@ class PerSampleModel(PreTrainedModel):
             config._attn_implementation_internal = "eager"
         if causal:
             return create_causal_mask(
-                config, rows, attention_mask, past_key_values, position_ids=position_ids
+                config, rows, attention_mask, cache, position_ids=position_ids
             )
         return create_bidirectional_mask(config, rows, attention_mask)
 

@@ -34,6 +34,7 @@ from dpzoo.models.base import (
     PerSampleModel,
     classifier_dropout,
 )
+from dpzoo.models.cache import takes_cache
 from dpzoo.models.encoder import EncoderBody, MaskedLMHead
 
 
@@ -174,6 +175,7 @@ class BertLMHeadModel(_BertLM, GenerationMixin):
         self.cls = BertHeads(config, predictions=True, seq_relationship=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -185,7 +187,7 @@ class BertLMHeadModel(_BertLM, GenerationMixin):
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
         labels: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[ForwardArguments],
@@ -203,7 +205,7 @@ class BertLMHeadModel(_BertLM, GenerationMixin):
             inputs_embeds=inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=False if labels is not None else use_cache,
             **kwargs,
         )

@@ -20,6 +20,7 @@ from dpzoo.models.base import (
     refuse_arguments,
     refuse_too_long,
 )
+from dpzoo.models.cache import CACHE, takes_cache
 
 
 class EncoderBody(PerSampleModel):
@@ -57,6 +58,7 @@ class EncoderBody(PerSampleModel):
         """Replace the token embedding; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
         self.embeddings.word_embeddings = retype_embedding(value)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -67,7 +69,7 @@ class EncoderBody(PerSampleModel):
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         *,
         num_choices: int = 1,
@@ -86,7 +88,7 @@ class EncoderBody(PerSampleModel):
             inputs_embeds: (batch, num_choices * seq, hidden), in the place of ``input_ids``.
             encoder_hidden_states: must be None.
             encoder_attention_mask: must be None.
-            past_key_values: a transformers cache, for decoders.
+            cache: a transformers cache, for decoders.
             use_cache: return a cache (decoders only; the config's default).
             num_choices: how many sequences a row holds, one after the other.
             output_attentions: return every layer's attention weights.
@@ -118,11 +120,11 @@ class EncoderBody(PerSampleModel):
             use_cache = config.use_cache if use_cache is None else use_cache
             if self.gradient_checkpointing and self.training:
                 use_cache = False
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=config)
+            if use_cache and cache is None:
+                cache = DynamicCache(config=config)
         else:
             use_cache = False
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             refuse_too_long(name, seq, past, self._max_length())
             flat = None if input_ids is None else input_ids.reshape(batch * num_choices, seq)
@@ -144,21 +146,19 @@ class EncoderBody(PerSampleModel):
             causal=config.is_decoder,
             eager=eager,
             num_choices=num_choices,
-            past_key_values=past_key_values,
+            cache=cache,
         )
         self._keep_wide()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
-        layers = self.encoder(
-            hidden, mask, past_key_values=past_key_values, num_choices=num_choices, eager=eager
-        )
+        layers = self.encoder(hidden, mask, cache=cache, num_choices=num_choices, eager=eager)
         for hidden, weights in layers:
             recorder.add(hidden, weights)
         pooled = None if self.pooler is None else self.pooler(hidden, num_choices)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
             pooler_output=pooled,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=recorder.hidden_states,
             attentions=recorder.attentions,
         )

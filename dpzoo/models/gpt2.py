@@ -52,6 +52,7 @@ from dpzoo.models.base import (
     refuse_arguments,
     refuse_too_long,
 )
+from dpzoo.models.cache import CACHE, takes_cache
 
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")
 
@@ -80,7 +81,7 @@ class GPT2Attention(TransposedProjections):
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         num_choices: int,
         eager: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -88,8 +89,8 @@ class GPT2Attention(TransposedProjections):
             split_heads(part, self.num_heads, num_choices)
             for part in self.c_attn(hidden).split(hidden.shape[-1], dim=-1)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         context, weights = attend(
             query,
             key,
@@ -135,12 +136,12 @@ class GPT2Block(CheckpointedLayer):
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         num_choices: int = 1,
         eager: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, num_choices * seq, hidden) -> the same shape, and the attention weights if eager."""
-        attended, weights = self.attn(self.ln_1(hidden), mask, past_key_values, num_choices, eager)
+        attended, weights = self.attn(self.ln_1(hidden), mask, cache, num_choices, eager)
         hidden = hidden + attended
         return hidden + self.mlp(self.ln_2(hidden)), weights
 
@@ -152,7 +153,7 @@ class GPT2PreTrainedModel(PerSampleModel):
     config_class = GPT2Config
     base_model_prefix = "transformer"
     _no_split_modules = ["GPT2Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _can_compile_fullgraph = True
 
     @torch.no_grad()
@@ -186,11 +187,12 @@ class GPT2Model(GPT2PreTrainedModel):
         """Replace the token embedding; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
         self.wte = retype_embedding(value)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -207,7 +209,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
         Args:
             input_ids: (batch, seq) or (batch, num_choices, seq).
-            past_key_values: a transformers cache, over (batch * num_choices) rows.
+            cache: a transformers cache, over (batch * num_choices) rows.
             attention_mask: like ``input_ids``, over past and new tokens, nonzero for real ones; or
                 4-D as `dpzoo.layers.attend` takes it.
             token_type_ids: like ``input_ids`` or (1, seq); looked up in the token table.
@@ -245,10 +247,10 @@ class GPT2Model(GPT2PreTrainedModel):
         length = num_choices * seq
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = cache.get_seq_length() if cache is not None else 0
 
         if position_ids is None:
             refuse_too_long(name, seq, past, self.config.max_position_embeddings)
@@ -268,23 +270,21 @@ class GPT2Model(GPT2PreTrainedModel):
             causal=True,
             eager=eager,
             num_choices=num_choices,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids.reshape(batch * num_choices, seq),
         )
         self._keep_wide()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         for block in self.h:
-            hidden, weights = block(
-                hidden, mask, past_key_values=past_key_values, num_choices=num_choices, eager=eager
-            )
+            hidden, weights = block(hidden, mask, cache=cache, num_choices=num_choices, eager=eager)
             recorder.add(hidden, weights)
         hidden = self.ln_f(hidden)
         hidden = hidden.reshape(*shape, hidden.shape[-1])
         recorder.replace_last(hidden)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=recorder.hidden_states,
             attentions=recorder.attentions,
         )
@@ -325,11 +325,12 @@ class GPT2LMHeadModel(_GPT2LM, GenerationMixin):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -348,7 +349,7 @@ class GPT2LMHeadModel(_GPT2LM, GenerationMixin):
             labels,
             logits_to_keep,
             input_ids=input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -413,11 +414,12 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
         self.multiple_choice_head = GPT2SequenceSummary(config)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -443,7 +445,7 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
         """
         body = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -480,7 +482,7 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
             mc_loss=batch_mean(mc_losses),
             logits=logits,
             mc_logits=mc_logits,
-            past_key_values=body.past_key_values,
+            **{CACHE: body.get(CACHE)},
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
@@ -498,11 +500,12 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -521,7 +524,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         """
         body = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -537,7 +540,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         output = SequenceClassifierOutputWithPast(
             loss=batch_mean(losses),
             logits=logits,
-            past_key_values=body.past_key_values,
+            **{CACHE: body.get(CACHE)},
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
@@ -570,11 +573,12 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -589,7 +593,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
             self._project,
             labels,
             input_ids=input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,

@@ -25,6 +25,7 @@ from dpzoo.losses import (
     span_losses,
     token_losses,
 )
+from dpzoo.models.cache import CACHE
 
 Projection = Callable[..., torch.Tensor]
 
@@ -84,7 +85,7 @@ def predict_next(
     output = CausalLMOutputWithCrossAttentions(
         loss=batch_mean(losses),
         logits=logits,
-        past_key_values=body.past_key_values,
+        **{CACHE: body.get(CACHE)},
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )

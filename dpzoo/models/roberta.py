@@ -33,6 +33,7 @@ from dpzoo.models.base import (
     PerSampleModel,
     classifier_dropout,
 )
+from dpzoo.models.cache import takes_cache
 from dpzoo.models.encoder import EncoderBody, MaskedLMHead
 
 
@@ -131,6 +132,7 @@ class RobertaForCausalLM(_RobertaLM, GenerationMixin):
         self.lm_head = RobertaLMHead(config)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -142,7 +144,7 @@ class RobertaForCausalLM(_RobertaLM, GenerationMixin):
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
         labels: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[ForwardArguments],
@@ -160,7 +162,7 @@ class RobertaForCausalLM(_RobertaLM, GenerationMixin):
             inputs_embeds=inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=False if labels is not None else use_cache,
             **kwargs,
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dpzoo
+from dpzoo.models.cache import CACHE
 from tests.support import (
     FAMILY,
     NAMES,
@@ -31,7 +32,7 @@ def tensors_of(output: Any) -> dict[str, torch.Tensor]:
             found[key] = value
         elif isinstance(value, tuple):
             found.update({f"{key}.{i}": item for i, item in enumerate(value)})
-        elif key == "past_key_values":
+        elif key == CACHE:
             for i, layer in enumerate(value.layers):
                 found[f"{key}.{i}.keys"], found[f"{key}.{i}.values"] = layer.keys, layer.values
         else:
@@ -254,8 +255,8 @@ def test_cache_equals_stock(name: str) -> None:
         results = []
         for i, model in enumerate((stock, zoo)):
             with torch.no_grad():
-                output = model(**step, past_key_values=caches[i], use_cache=True)
-            caches[i] = output.past_key_values
+                output = model(**step, use_cache=True, **{CACHE: caches[i]})
+            caches[i] = output[CACHE]
             results.append(tensors_of(output))
         assert list(results[0]) == list(results[1])
         for key, value in results[0].items():
