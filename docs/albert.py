@@ -26,9 +26,9 @@ from typing_extensions import Unpack
 
 from dpzoo.layers.attention import attend, merge_heads, split_heads
 from dpzoo.layers.embeddings import (
+    HoldsTables,
     PositionEmbedding,
     TokenEmbedding,
-    retype_embedding,
     rows_of_ids,
 )
 from dpzoo.layers.encoder import activation, first_tokens, refuse_uneven_heads
@@ -43,7 +43,7 @@ from dpzoo.models.base import (
 )
 
 
-class AlbertEmbeddings(nn.Module):
+class AlbertEmbeddings(HoldsTables, nn.Module):
     """Token, position and token type embeddings, added and normalised, still narrow."""
 
     def __init__(self, config: AlbertConfig) -> None:
@@ -182,7 +182,7 @@ class AlbertModel(AlbertPreTrainedModel):
 
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
-        self.embeddings.word_embeddings = retype_embedding(value)
+        self.embeddings.word_embeddings = value
 
     @can_return_tuple
     def forward(

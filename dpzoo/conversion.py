@@ -196,7 +196,7 @@ def _transfer(
             module.set_bias(filled[id(source[f"{path}.bias"])])
 
 
-SETTINGS = ((nn.Dropout, "p"), (nn.LayerNorm, "eps"), (nn.Embedding, "padding_idx"))
+SETTINGS = ("p", "eps", "padding_idx")
 """What callers change on the modules of a model they have, where the config does not tell."""
 
 
@@ -212,8 +212,8 @@ def _carry(model: PreTrainedModel, twin: PreTrainedModel) -> None:
         # A module without a namesake (an activation, say) goes with the one that it is in.
         modules[name] = source = namesakes.get(name) or modules[name.rpartition(".")[0]]
         module.training = source.training
-        for kind, setting in SETTINGS:
-            if isinstance(module, kind) and isinstance(source, kind):
+        for setting in SETTINGS:
+            if name in namesakes and hasattr(module, setting) and hasattr(source, setting):
                 setattr(module, setting, getattr(source, setting))
 
 

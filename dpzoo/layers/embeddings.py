@@ -44,15 +44,21 @@ class PositionEmbedding(_Table):
     """A table of learned positions; ids (batch, length) -> (batch, length, hidden)."""
 
 
-def retype_embedding(module: Any) -> Any:
-    """Give a plain `torch.nn.Embedding` the type `TokenEmbedding`, in place.
+class HoldsTables:
+    """For modules: a plain `torch.nn.Embedding` assigned to one of their attributes gets a safe type.
 
-    Models call it on whatever table a user sets, so that a resized or replaced table keeps exact
-    per-sample gradients. Any other module is returned as it is.
+    Opacus' own sampler of `torch.nn.Embedding` trains the padding row and fails on an empty batch.
+
+    Guarantees:
+        A table that is replaced or resized by assignment keeps exact per-sample gradients: the new one
+        has the type of the old one, or `TokenEmbedding`.
     """
-    if type(module) is nn.Embedding:
-        module.__class__ = TokenEmbedding
-    return module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value) is nn.Embedding:
+            old = self.__dict__.get("_modules", {}).get(name)
+            value.__class__ = type(old) if isinstance(old, _Table) else TokenEmbedding
+        super().__setattr__(name, value)
 
 
 def rows_of_ids(
@@ -84,7 +90,7 @@ def rows_of_ids(
             return ids.reshape(batch, length)
         if count in (seq, length):
             rows = ids.reshape(1, count // seq, seq).expand(batch, num_choices, seq)
-            return rows.reshape(batch, length)
+            return rows.reshape(batch, length).contiguous()
     wanted = f"(1, {seq}) or ({batch}, {seq})"
     if num_choices > 1:
         wanted = f"(1, {seq}) or ({batch}, {num_choices}, {seq})"

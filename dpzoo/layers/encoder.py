@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from dpzoo.errors import UnsupportedConfigError
 from dpzoo.layers.attention import attend, merge_heads, split_heads
 from dpzoo.layers.checkpointing import CheckpointedLayer
-from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
+from dpzoo.layers.embeddings import HoldsTables, PositionEmbedding, TokenEmbedding
 
 
 def activation(function: Any) -> Any:
@@ -31,12 +31,13 @@ def refuse_uneven_heads(hidden: int, heads: int) -> None:
         )
 
 
-class EncoderEmbeddings(nn.Module):
+class EncoderEmbeddings(HoldsTables, nn.Module):
     """Token, position and token type embeddings, added and normalised."""
 
     def __init__(self, config: Any, *, position_padding_idx: int | None = None) -> None:
         super().__init__()
         hidden = config.hidden_size
+        self.padding_idx: Any = position_padding_idx
         self.word_embeddings = TokenEmbedding(
             config.vocab_size, hidden, padding_idx=config.pad_token_id
         )

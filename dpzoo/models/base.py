@@ -18,7 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
 from dpzoo.errors import InputError, UnsupportedConfigError
-from dpzoo.layers.embeddings import retype_embedding
+from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
 from dpzoo.layers.precision import keep_wide, refuse_loss_scale
@@ -59,7 +59,7 @@ class ForwardArguments(TypedDict, total=False):
     cache_position: Any
 
 
-class PerSampleModel(PreTrainedModel):
+class PerSampleModel(HoldsTables, PreTrainedModel):
     """A `transformers.PreTrainedModel` whose every parameter has an exact per-sample gradient.
 
     Args:
@@ -131,7 +131,7 @@ class PerSampleModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token table; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
-        super().set_input_embeddings(retype_embedding(value))
+        super().set_input_embeddings(value)
         self.retype_parts()  # the head may share its weight with another table now, or with none
 
     def load_state_dict(

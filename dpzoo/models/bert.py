@@ -98,6 +98,13 @@ class BertHeads(nn.Module):
         if seq_relationship:
             self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
+    def forward(self, *states: torch.Tensor) -> Any:
+        """As the stock module: the tokens' states, or the pooled one, or both, to as many scores."""
+        heads = (getattr(self, name, None) for name in ("predictions", "seq_relationship"))
+        present = (head for head in heads if head is not None)
+        scores = tuple(head(state) for head, state in zip(present, states, strict=True))
+        return scores if len(scores) > 1 else scores[0]
+
 
 class _BertLM(BertPreTrainedModel):
     """Where the classes with a vocabulary projection keep it."""

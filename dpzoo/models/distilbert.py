@@ -27,9 +27,9 @@ from typing_extensions import Unpack
 from dpzoo.layers.attention import attend, merge_heads, split_heads
 from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import (
+    HoldsTables,
     PositionEmbedding,
     TokenEmbedding,
-    retype_embedding,
     rows_of_ids,
 )
 from dpzoo.layers.encoder import activation, first_tokens, refuse_uneven_heads
@@ -61,7 +61,7 @@ def sinusoidal_positions(count: int, dim: int) -> torch.Tensor:
     return table
 
 
-class Embeddings(nn.Module):
+class Embeddings(HoldsTables, nn.Module):
     """Token and position embeddings, added and normalised."""
 
     def __init__(self, config: DistilBertConfig) -> None:
@@ -210,7 +210,7 @@ class DistilBertModel(DistilBertPreTrainedModel):
 
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
-        self.embeddings.word_embeddings = retype_embedding(value)
+        self.embeddings.word_embeddings = value
 
     @can_return_tuple
     def forward(

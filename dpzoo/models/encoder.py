@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
-from dpzoo.layers.embeddings import retype_embedding, rows_of_ids
+from dpzoo.layers.embeddings import rows_of_ids
 from dpzoo.layers.encoder import Encoder, EncoderEmbeddings, EncoderLayer, Pooler
 from dpzoo.layers.lm_head import LMHead, TiedBias
 from dpzoo.models.base import (
@@ -56,7 +56,7 @@ class EncoderBody(PerSampleModel):
 
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
-        self.embeddings.word_embeddings = retype_embedding(value)
+        self.embeddings.word_embeddings = value
 
     @takes_cache
     @can_return_tuple

@@ -32,7 +32,6 @@ from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import (
     PositionEmbedding,
     TokenEmbedding,
-    retype_embedding,
     rows_of_ids,
 )
 from dpzoo.layers.encoder import refuse_uneven_heads
@@ -53,6 +52,7 @@ from dpzoo.models.base import (
     refuse_too_long,
 )
 from dpzoo.models.cache import CACHE, takes_cache
+from dpzoo.models.heads import last_real, real_tokens
 
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")
 
@@ -185,7 +185,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding; a plain `torch.nn.Embedding` becomes a `TokenEmbedding`."""
-        self.wte = retype_embedding(value)
+        self.wte = value
 
     @takes_cache
     @can_return_tuple
@@ -376,21 +376,35 @@ class GPT2SequenceSummary(nn.Module):
         self.first_dropout = nn.Dropout(config.summary_first_dropout)
         self.last_dropout = nn.Dropout(getattr(config, "summary_last_dropout", 0.0))
 
-    def forward(self, hidden: torch.Tensor, cls_index: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        cls_index: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """(batch, ..., seq, hidden) and token indices (batch, ...) -> (batch, ..., outputs).
 
         As in the stock model, "last", "first" and "mean" go by the second dimension, whatever it is.
+        Where that one is the tokens', ``real`` (batch, ..., seq), True for real ones, keeps padding out.
         """
-        if self.summary_type == "cls_index":
-            if cls_index is None:
-                vector = hidden[..., -1, :]
-            else:
-                index = cls_index[..., None, None].expand(*cls_index.shape, 1, hidden.shape[-1])
-                vector = hidden.gather(-2, index).squeeze(-2)
-        elif self.summary_type == "mean":
+        kind, index = self.summary_type, None
+        tokens = real if hidden.ndim == 3 else None
+        if kind == "cls_index":
+            index = last_real(real) if cls_index is None and real is not None else cls_index
+        elif tokens is not None and kind != "mean":
+            index = last_real(tokens) if kind == "last" else tokens.long().argmax(-1)
+        if index is not None:
+            index = index[..., None, None].expand(*index.shape, 1, hidden.shape[-1])
+            vector = hidden.gather(-2, index).squeeze(-2)
+        elif kind == "cls_index":
+            vector = hidden[..., -1, :]
+        elif kind == "mean" and tokens is not None:
+            weights = tokens.unsqueeze(-1).to(hidden.dtype)
+            vector = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        elif kind == "mean":
             vector = hidden.mean(dim=1)
         else:
-            vector = hidden[:, -1 if self.summary_type == "last" else 0]
+            vector = hidden[:, -1 if kind == "last" else 0]
         return self.last_dropout(self.activation(self.summary(self.first_dropout(vector))))
 
 
@@ -433,15 +447,17 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
         """Inputs as in `GPT2Model`, usually (batch, num_choices, seq).
 
         Args:
-            mc_token_ids: (batch, num_choices), the token that stands for each sequence; the last one
-                by default.
+            mc_token_ids: (batch, num_choices), the token that stands for each sequence; by default
+                the last one that ``attention_mask`` calls real. (Stock takes the last one, padding or
+                not: a row would depend on how far the longest makes it be padded.)
             labels: (batch, num_choices, seq), shifted inside; a row's loss is the mean over all its
                 labelled tokens.
             mc_labels: (batch,), the right choice.
 
         Raises:
-            InputError: ``mc_labels`` with inputs that have no choices: the stock model would take
-                the rows of the batch for each other's choices.
+            InputError: ``mc_labels`` with inputs that have no choices (the stock model would take
+                the rows of the batch for each other's choices), or with a ``config.summary_*`` that
+                does not give one score for each choice.
         """
         body = self.transformer(
             input_ids,
@@ -459,15 +475,23 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
         # Three dimensions, whatever the input has: the samplers' (batch, positions, hidden).
         logits = self.lm_head(hidden.reshape(batch, length, width))
         logits = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
-        mc_logits = self.multiple_choice_head(hidden, mc_token_ids).squeeze(-1)
+        real = real_tokens(attention_mask, hidden)
+        mc_logits = self.multiple_choice_head(hidden, mc_token_ids, real).squeeze(-1)
         losses = None if labels is None else causal_losses(logits, labels)
         mc_losses = None
         if mc_labels is not None:
-            if mc_logits.ndim != 2:
+            if hidden.ndim != 4:
                 raise InputError(
                     f"GPT2DoubleHeadsModel got mc_labels with inputs of shape "
                     f"{tuple(hidden.shape[:-1])}, wanted (batch, num_choices, seq): without a "
                     f"dimension of choices, rows of the batch would compete with each other."
+                )
+            if mc_logits.shape != hidden.shape[:2]:
+                raise InputError(
+                    f"GPT2DoubleHeadsModel got mc_labels and has scores of shape "
+                    f"{tuple(mc_logits.shape)}, wanted {tuple(hidden.shape[:2])}, one for each choice: set "
+                    f"config.summary_type to 'cls_index' (got {self.config.summary_type!r}), and "
+                    f"summary_use_proj and summary_proj_to_labels to True, before the model is built."
                 )
             mc_losses = token_losses(mc_logits, mc_labels.reshape(batch))
         if self._learns():
@@ -516,11 +540,13 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Inputs as in `GPT2Model`; labels as in `dpzoo.losses.sequence_losses`.
 
-        The last real token is the rightmost that is not ``config.pad_token_id``; with
-        ``inputs_embeds``, or a batch of one and no padding token, the last one.
+        The last real token is the rightmost that is not ``config.pad_token_id``. Where that cannot be
+        told, with ``inputs_embeds`` or no padding token, it is the rightmost that a two-dimensional
+        ``attention_mask`` calls real; without one, the last. (Stock takes the last one there, padding
+        or not: a row would depend on how far the longest makes it be padded.)
 
         Raises:
-            InputError: several rows and no ``config.pad_token_id``.
+            InputError: several rows, no ``config.pad_token_id`` and no such mask.
         """
         body = self.transformer(
             input_ids,
@@ -533,9 +559,9 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
             **kwargs,
         )
         hidden = body.last_hidden_state
-        batch, seq = hidden.shape[:2]
-        rows = torch.arange(batch, device=hidden.device)
-        logits = self.score(hidden[rows, self._last_token(input_ids, batch, seq)])
+        rows = torch.arange(len(hidden), device=hidden.device)
+        real = real_tokens(attention_mask, hidden)
+        logits = self.score(hidden[rows, self._last_token(input_ids, real, len(hidden))])
         losses = None if labels is None else sequence_losses(logits, labels, self.config)
         output = SequenceClassifierOutputWithPast(
             loss=batch_mean(losses),
@@ -547,18 +573,20 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         return self._finish(output, losses)
 
     def _last_token(
-        self, input_ids: torch.Tensor | None, batch: int, seq: int
+        self, input_ids: torch.Tensor | None, real: torch.Tensor | None, batch: int
     ) -> torch.Tensor | int:
         padding = self.config.pad_token_id
+        if padding is not None and input_ids is not None:
+            return last_real(input_ids != padding)
+        if real is not None:
+            return last_real(real)
         if padding is None and batch > 1:
             raise InputError(
                 f"GPT2ForSequenceClassification got {batch} rows and config.pad_token_id=None: it "
-                f"cannot tell where a row ends. Set model.config.pad_token_id to the tokenizer's."
+                f"cannot tell where a row ends. Set model.config.pad_token_id to the tokenizer's, or "
+                f"pass an attention_mask of (batch, seq)."
             )
-        if padding is None or input_ids is None:
-            return seq - 1
-        positions = torch.arange(seq, device=input_ids.device)
-        return (positions * (input_ids != padding)).argmax(-1)
+        return -1
 
 
 class GPT2ForTokenClassification(GPT2PreTrainedModel):

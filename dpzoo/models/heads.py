@@ -175,3 +175,21 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     if isinstance(logits_to_keep, int):
         return hidden[:, -logits_to_keep:]
     return hidden[:, logits_to_keep]
+
+
+def real_tokens(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Which of the tokens of (batch, ..., seq, hidden) are no padding, (batch, ..., seq), True for real.
+
+    Args:
+        mask: (batch, ..., kv_len) or (rows, kv_len), over past and new tokens. None and a 4-D mask do not
+            tell, and give None.
+        hidden: for the shape.
+    """
+    if mask is None or mask.ndim == 4:
+        return None
+    return mask.reshape(*hidden.shape[:-2], mask.shape[-1])[..., -hidden.shape[-2] :] != 0
+
+
+def last_real(real: torch.Tensor) -> torch.Tensor:
+    """The index of the rightmost True of (..., seq), (...); 0 where there is none."""
+    return (torch.arange(real.shape[-1], device=real.device) * real).argmax(-1)

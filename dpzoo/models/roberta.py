@@ -68,12 +68,14 @@ class RobertaModel(RobertaPreTrainedModel, EncoderBody):
         )
 
     def _max_length(self) -> int:
-        return self.config.max_position_embeddings - self.config.pad_token_id - 1
+        return self.config.max_position_embeddings - self.embeddings.padding_idx - 1
 
     def _default_positions(
         self, input_ids: torch.Tensor | None, seq: int, past: int, device: torch.device
     ) -> torch.Tensor:
-        padding = self.config.pad_token_id
+        padding = (
+            self.embeddings.padding_idx
+        )  # as the model was built, whatever the config says now
         if input_ids is None:  # padding cannot be told from embeddings
             return torch.arange(padding + 1, padding + 1 + seq, device=device).unsqueeze(0)
         real = input_ids.ne(padding).long()
@@ -93,7 +95,7 @@ class RobertaLMHead(MaskedLMHead):
 
 
 class RobertaClassificationHead(nn.Module):
-    """Two layers over the first token: (batch, hidden) -> (batch, num_labels)."""
+    """Two layers over the first token: (batch, seq, hidden) -> (batch, num_labels)."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
@@ -101,8 +103,8 @@ class RobertaClassificationHead(nn.Module):
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, first_token: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.dense(self.dropout(first_token)))
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.dense(self.dropout(features[:, 0])))
         return self.out_proj(self.dropout(hidden))
 
 
@@ -241,7 +243,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         )
 
     def _project(self, body: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
-        return self.classifier(body.last_hidden_state[:, 0])
+        return self.classifier(body.last_hidden_state)
 
 
 class RobertaForMultipleChoice(RobertaPreTrainedModel):
