@@ -2,99 +2,409 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 
-from dpzoo.clipping.uses import Direct, LayerInput, Use, inner_product
-from dpzoo.errors import InputError
+from dpzoo.clipping import layouts
+from dpzoo.factors import (
+    DenseGrads,
+    EmbeddingFactors,
+    GradFactors,
+    LayerInput,
+    LinearFactors,
+    inner_product,
+    linear_factors,
+    total_squared_norm,
+    upcast,
+)
 
-MANY = 1_000_000
+CANCELLED = 1e-4
+"""A row's squared norm is computed once more in float64 where rounding may be more of it than this."""
+
+
+class Region(NamedTuple):
+    """A part of a parameter: offset, sizes and strides in its memory, strides falling."""
+
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Uses:
+    """The uses of one region of a parameter."""
+
+    def __init__(self) -> None:
+        self.factors: list[GradFactors] = []
+        self.squared: torch.Tensor | None = None
+        self.magnitude: torch.Tensor | None = None
+
+    def add(self, use: GradFactors) -> None:
+        """Enter a use, and bring the squared norms up to date."""
+        squared, magnitude = use.squared_norm()
+        if self.squared is None:
+            self.squared, self.magnitude = squared, magnitude
+            self.factors.append(use)
+            return
+        whole = magnitude if magnitude is not None else squared.sqrt()
+        before = self.magnitude if self.magnitude is not None else self.squared.clamp(min=0).sqrt()
+        self.magnitude = whole + before
+        for other in self.factors:
+            squared = squared + 2 * inner_product(*_alike(other, use))
+        self.squared = self.squared + squared
+        last = self.factors[-1]
+        if isinstance(use, DenseGrads) and isinstance(last, DenseGrads):
+            self.factors[-1] = DenseGrads(last.grads + use.grads.reshape(last.grads.shape))
+        else:
+            self.factors.append(use)
+
+    def upper_bound(self) -> torch.Tensor:
+        """Squared norms that hold under rounding, (rows,); see `dpzoo.factors`."""
+        assert self.squared is not None
+        squared = self.squared.clamp(min=0)
+        if self.magnitude is None:
+            return squared
+        unit = torch.finfo(squared.dtype).eps / 2
+        return (squared + 4 * unit * self.magnitude.square()).sqrt().add(
+            2 * unit * self.magnitude
+        ).square()
+
+    def cancelled(self) -> torch.Tensor | None:
+        """The rows whose squared norm may be mostly rounding, (rows,); None: none can be."""
+        if self.magnitude is None or self.squared is None:
+            return None
+        unit = torch.finfo(self.squared.dtype).eps / 2
+        return 4 * unit * self.magnitude.square() > CANCELLED * self.squared
+
+    def recompute(self, rows: torch.Tensor) -> None:
+        """Compute the squared norms of some rows in float64."""
+        assert self.squared is not None
+        exact = total_squared_norm([use.select(rows).double() for use in self.factors])
+        self.squared = self.squared.clone()
+        self.squared[rows] = exact.clamp(min=0).to(self.squared.dtype)
 
 
 class Book:
     """Collects uses as the backward pass reaches them; closes with a weighted sum.
 
     Args:
-        rows: rows of the batch. A use with another number of rows is refused.
+        rows: rows of the batch.
+        parameters: those that are trained.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, parameters: list[torch.Tensor] | None = None) -> None:
         self.rows = rows
-        self._uses: dict[torch.Tensor, list[Use]] = {}
-        self._squared: dict[torch.Tensor, torch.Tensor] = {}
-        self._input: LayerInput | None = None
-        self.counts: dict[torch.Tensor, int] = {}
-        """Parameter -> how many uses in the autograd graph were entered; at least `MANY` if unknown."""
+        self._parameters = {id(p): p for p in parameters or []}
+        self._uses: dict[torch.Tensor, dict[Region | None, Uses]] = {}
+        self._derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._input: tuple[Any, LayerInput] | None = None
 
-    def input_of(self, x: torch.Tensor) -> LayerInput:
-        """A linear layer's input, shared with the layer before in the backward pass if it is its too.
+    @staticmethod
+    def upcast(x: torch.Tensor) -> torch.Tensor:
+        """The tensor in float32, or as it is if it is wider."""
+        return upcast(x)
+
+    # --- entering -------------------------------------------------------------------------------
+
+    def add_dense(self, z: torch.Tensor, grads: torch.Tensor, name: str) -> None:
+        """Enter per-row gradients of a shared tensor.
 
         Args:
-            x: (rows, ..., features).
+            z: a parameter, or a tensor that comes from parameters alone.
+            grads: (rows, *z.shape).
+            name: the function's.
         """
-        if self._input is None or not self._input.is_of(x):
+        grads = upcast(grads.detach())
+        parameter, region = self._place(z)
+        if parameter is None:
+            self._derive(z, grads)
+            return
+        if z is not parameter:
+            grads = grads.permute(0, *(d + 1 for d in _falling(z)))
+        shape = parameter.shape if region is None else region.sizes
+        self.add(parameter, DenseGrads(grads.reshape(self.rows, *shape)), region)
+
+    def add_linear(
+        self,
+        z: torch.Tensor,
+        grads: torch.Tensor,
+        x: torch.Tensor,
+        layout: Any,
+        turned: bool,
+        name: str,
+    ) -> None:
+        """Enter a linear layer's use of its weight.
+
+        Args:
+            z: the weight, (out, in), or (in, out) if ``turned``; further dimensions belong to in.
+            grads: of the output, (rows, positions, out).
+            x: the input, in its own layout, features last.
+            layout: of x.
+            turned: the weight is (in, out).
+            name: the function's.
+        """
+        parameter, region = self._place(z)
+        order = list(range(z.ndim)) if parameter is z else _falling(z)
+        if z.ndim == 2 and order == [1, 0]:
+            turned = not turned
+        elif order != list(range(z.ndim)):
+            parameter = None
+        grads = upcast(grads)
+        shared = self.input_of(x, layout)
+        if parameter is None:
+            dense = torch.matmul(grads.transpose(1, 2), shared.positions)
+            dense = dense.transpose(1, 2) if turned else dense
+            self._derive(z, dense.reshape(self.rows, *z.shape))
+            return
+        if turned:
+            use = linear_factors(shared.positions, LayerInput(grads))
+        else:
+            use = linear_factors(grads, shared)
+        self.add(parameter, use, region)
+
+    def add_embedding(
+        self, z: torch.Tensor, ids: torch.Tensor, grads: torch.Tensor, padding: int | None, name: str
+    ) -> None:
+        """Enter an embedding's use of its table.
+
+        Args:
+            z: the table, (size, ...).
+            ids: (rows, positions).
+            grads: of the looked-up vectors, (rows, positions, features).
+            padding: the id whose vector gets no gradient, or None.
+            name: the function's.
+        """
+        grads = upcast(grads)
+        if padding is not None:
+            grads = grads.masked_fill((ids == padding % z.shape[0]).unsqueeze(-1), 0)
+        use = EmbeddingFactors(ids, grads, z.shape[0])
+        parameter, region = self._place(z)
+        if parameter is None or (parameter is not z and _falling(z) != list(range(z.ndim))):
+            self.add_dense(z, use.dense().reshape(self.rows, *z.shape), name)
+            return
+        self.add(parameter, use, region)
+
+    def add(self, parameter: torch.Tensor, use: GradFactors, region: Region | None = None) -> None:
+        """Enter a use of a parameter, or of a region of it, and bring its norms up to date."""
+        self._uses.setdefault(parameter, {}).setdefault(region, Uses()).add(use)
+
+    def input_of(self, x: torch.Tensor, layout: Any = layouts.FIRST) -> LayerInput:
+        """A linear layer's input, shared with the layer before in the backward pass if it is its too."""
+        if self._input is None or self._input[0] != layout or not self._input[1].is_of(x):
             self._seal_input()
-            self._input = LayerInput(x)
-        return self._input
+            self._input = layout, LayerInput(x, layouts.rows_first(x, layout, self.rows))
+        return self._input[1]
 
     def _seal_input(self) -> None:
         if self._input is not None:
-            self._input.seal()
+            self._input[1].seal()
         self._input = None
 
-    def add(self, parameter: torch.Tensor, use: Use, name: str, *, counted: bool = True) -> None:
-        """Enter a use of a parameter and bring its norms up to date.
+    # --- tensors that come from parameters ------------------------------------------------------
 
-        Args:
-            parameter: the parameter.
-            use: its use.
-            name: the module's, for the error message.
-            counted: whether this is one use in the autograd graph; False where it may be several.
+    def _place(self, z: torch.Tensor) -> tuple[torch.Tensor | None, Region | None]:
+        """The parameter that z is or is a view of, and the region if it is a part of it; else two None."""
+        if id(z) in self._parameters:
+            return z, None
+        base = z._base
+        if base is None or id(base) not in self._parameters or base.dtype != z.dtype:
+            return None, None
+        if not base.is_contiguous() or any(s == 0 for s, n in zip(z.stride(), z.shape, strict=True) if n > 1):
+            return None, None
+        order = _falling(z)
+        sizes = tuple(z.shape[d] for d in order)
+        strides = tuple(z.stride(d) for d in order)
+        offset = z.storage_offset() - base.storage_offset()
+        if z.numel() == base.numel():  # the whole of it, in another shape or turned
+            return base, None
+        return base, Region(offset, sizes, strides)
 
-        Raises:
-            InputError: the use has not one entry for each row: the layer mixes rows, or (a table
-                looked up with ids of shape (1, seq)) is shared by them.
-        """
-        grads = use.grads
-        if grads.shape[0] != self.rows:
-            raise InputError(
-                f"{name} has per-sample gradients of batch dimension {grads.shape[0]}, wanted "
-                f"{self.rows}, the rows of the loss. Its input must have one entry for each row: "
-                f"dpzoo's models do (dpzoo.convert), and position ids of shape (1, seq) do not."
-            )
-        self.counts[parameter] = self.counts.get(parameter, 0) + (1 if counted else MANY)
-        uses = self._uses.setdefault(parameter, [])
-        squared = use.squared_norm()
-        for other in uses:
-            squared = squared + 2 * inner_product(other, use)
-        if isinstance(use, Direct) and uses and isinstance(uses[-1], Direct):
-            uses[-1] = Direct(uses[-1].grads + use.grads)
-        else:
-            uses.append(use)
-        before = self._squared.get(parameter)
-        self._squared[parameter] = squared if before is None else before + squared
+    def _derive(self, z: torch.Tensor, grads: torch.Tensor) -> None:
+        kept = self._derived.get(id(z))
+        self._derived[id(z)] = (z, grads if kept is None else kept[1] + grads)
+
+    def hand_on(self) -> None:
+        """Turn per-row gradients of computed tensors into such of their parameters."""
+        while self._derived:
+            _, (z, grads) = self._derived.popitem()
+            known = getattr(z, "_dpzoo_lookup", None)
+            if known is not None and id(known[0]) in self._parameters:
+                table, ids, padding = known
+                ids = ids.reshape(1, -1).expand(self.rows, -1)
+                spread = grads.reshape(self.rows, ids.shape[1], -1)
+                self.add_embedding(table, ids, spread, padding, "embedding")
+                continue
+            leaves = self._leaves(z)
+            if not leaves:
+                continue
+            with torch.enable_grad():
+                for leaf, grad in zip(leaves, _pulled_back(z, leaves, grads), strict=True):
+                    if grad is not None:
+                        self.add_dense(leaf, grad, "hand_on")
+
+    def _leaves(self, z: torch.Tensor) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        seen: set[Any] = set()
+        ahead: list[Any] = [z.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in self._parameters:
+                found[id(leaf)] = self._parameters[id(leaf)]
+            ahead.extend(following for following, _ in node.next_functions)
+        return list(found.values())
+
+    # --- norms and sums -------------------------------------------------------------------------
 
     def squared_norms(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Parameter -> squared norms of its rows' gradients, (rows,), as far as any were reached."""
+        """Parameter -> squared norms of its rows' gradients, (rows,), as far as any were reached.
+
+        Guarantees:
+            Upper bounds that hold under rounding, of what `close` adds up.
+        """
         self._seal_input()
-        return {parameter: value.clamp(min=0) for parameter, value in self._squared.items()}
+        self.hand_on()
+        for parameter, regions in self._uses.items():
+            if len(regions) > 1 and _overlap(parameter, list(regions)):
+                self._uses[parameter] = {None: self._whole(parameter, regions)}
+        everything = [uses for regions in self._uses.values() for uses in regions.values()]
+        doubtful = [(uses, rows) for uses in everything if (rows := uses.cancelled()) is not None]
+        if doubtful and bool(torch.stack([rows.any() for _, rows in doubtful]).any()):
+            for uses, rows in doubtful:
+                if bool(rows.any()):
+                    uses.recompute(rows)
+        return {
+            parameter: torch.stack([uses.upper_bound() for uses in regions.values()]).sum(0)
+            for parameter, regions in self._uses.items()
+        }
+
+    def _whole(self, parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
+        """Uses of regions that overlap, as gradients of the whole parameter."""
+        total = torch.zeros(self.rows, *parameter.shape, dtype=_dtype(regions), device=parameter.device)
+        for region, uses in regions.items():
+            for use in uses.factors:
+                for row, grad in zip(total, use.dense(), strict=True):
+                    place = row if region is None else row.as_strided(region.sizes, region.strides, row.storage_offset() + region.offset)
+                    place += grad.reshape(place.shape)
+        whole = Uses()
+        whole.add(DenseGrads(total))
+        return whole
 
     def close(
-        self, parameter: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None = None
+        self,
+        parameter: torch.Tensor,
+        weights: torch.Tensor,
+        kept: torch.Tensor | None = None,
+        total: torch.Tensor | None = None,
+        *,
+        forget: bool = True,
     ) -> torch.Tensor:
-        """A parameter's ``summed_grad`` plus the weighted sum of its rows, which are then forgotten.
+        """A weighted sum of a parameter's rows, on top of ``total``; the rows are then forgotten.
 
         Args:
             parameter: a parameter that the backward pass reached.
             weights: clip factors, (rows,).
             kept: True for the rows that take part, (rows,); None for all. What the others hold
                 (not-a-numbers, say) is not looked at.
+            total: the sum so far, changed in place; None for none.
+            forget: False keeps the rows for another sum.
         """
-        uses = self._uses.pop(parameter)
-        total: torch.Tensor | None = getattr(parameter, "summed_grad", None)
+        regions = self._uses.pop(parameter) if forget else self._uses[parameter]
         if kept is not None:
-            uses, weights = [use.select(kept) for use in uses], weights[kept]
-        while uses:
-            use = uses.pop(0)
-            total = use.add_to(total, weights.to(use.grads.dtype))
+            weights = weights[kept]
+        for region, uses in regions.items():
+            if region is not None and total is None:
+                total = torch.zeros(parameter.shape, dtype=_dtype(regions), device=parameter.device)
+            factors = uses.factors if not forget else uses.factors[::-1]
+            for k in range(len(factors)):
+                use = factors.pop() if forget else factors[k]
+                use = use if kept is None else use.select(kept)
+                scale = weights.to(use.grads.dtype)
+                if region is None:
+                    total = _added(total, use, scale, parameter.shape)
+                else:
+                    assert total is not None
+                    view = total.as_strided(region.sizes, region.strides, total.storage_offset() + region.offset)
+                    view += use.add_to(None, scale).reshape(view.shape)
         assert total is not None  # a parameter that was reached has a use
         return total
+
+
+def _added(
+    total: torch.Tensor | None, use: GradFactors, weights: torch.Tensor, shape: torch.Size
+) -> torch.Tensor:
+    if total is None:
+        return use.add_to(None, weights).reshape(shape)
+    use.add_to(total.view(_shape(use)), weights)
+    return total
+
+
+def _shape(use: GradFactors) -> tuple[int, ...]:
+    """The shape of a row's gradient."""
+    if isinstance(use, LinearFactors):
+        return use.grads.shape[-1], use.inputs.shape[-1]
+    if isinstance(use, EmbeddingFactors):
+        return use.size, use.grads.shape[-1]
+    return tuple(use.grads.shape[1:])
+
+
+def _alike(a: GradFactors, b: GradFactors) -> tuple[GradFactors, GradFactors]:
+    """Two uses in one shape, so that they have an inner product."""
+    if _shape(a) == _shape(b):
+        return a, b
+    if not isinstance(a, DenseGrads) and not isinstance(b, DenseGrads):
+        a = DenseGrads(a.dense())
+    if isinstance(a, DenseGrads):
+        return DenseGrads(a.grads.reshape(-1, *_shape(b))), b
+    assert isinstance(b, DenseGrads)
+    return a, DenseGrads(b.grads.reshape(-1, *_shape(a)))
+
+
+def _dtype(regions: dict[Region | None, Uses]) -> torch.dtype:
+    return next(iter(regions.values())).factors[0].grads.dtype
+
+
+def _falling(z: torch.Tensor) -> list[int]:
+    """Dimensions of a tensor in the order of falling strides; those of one entry keep their place."""
+    order = sorted((d for d in range(z.ndim) if z.shape[d] > 1), key=lambda d: -z.stride(d))
+    return [order.pop(0) if z.shape[d] > 1 else d for d in range(z.ndim)]
+
+
+_OVERLAPS: dict[Any, bool] = {}
+
+
+def _overlap(parameter: torch.Tensor, regions: list[Region | None]) -> bool:
+    """Whether two of a parameter's regions have an entry in common."""
+    if None in regions:
+        return True
+    key = (tuple(parameter.shape), frozenset(regions))
+    if key not in _OVERLAPS:
+        taken = torch.zeros(parameter.numel(), dtype=torch.bool)
+        _OVERLAPS[key] = False
+        for region in regions:
+            assert region is not None
+            place = taken.as_strided(region.sizes, region.strides, region.offset)
+            if bool(place.any()):
+                _OVERLAPS[key] = True
+                break
+            place.fill_(True)
+    return _OVERLAPS[key]
+
+
+def _pulled_back(
+    z: torch.Tensor, leaves: list[torch.Tensor], grads: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Per-row gradients of the leaves from such of z: one batched vector-Jacobian product."""
+    grads = grads.to(z.dtype)
+    pull: Callable[..., Any] = torch.autograd.grad
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        return list(pull(z, leaves, grads, is_grads_batched=True, **options))
+    except RuntimeError:  # a function without a rule for vmap: one row after the other
+        each = [pull(z, leaves, grad, **options) for grad in grads]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
+

@@ -1,27 +1,37 @@
-"""What the autograd graph says about uses of parameters that no tap would see."""
+"""What the autograd graph says about uses of parameters that the recorder did not see."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
+from dpzoo.clipping.recorder import Tap
 from dpzoo.errors import InputError
 
+TAP: Any = getattr(Tap, "_backward_cls")  # noqa: B009  (not an attribute that torch declares)
 
-def uses_in_graph(losses: torch.Tensor) -> dict[torch.Tensor, int]:
-    """How often the losses use each trainable parameter.
+
+def refuse_unseen(losses: torch.Tensor, name_of: Callable[[torch.Tensor], str], trained: Any) -> None:
+    """Raise if the losses use a parameter in a way that no tap recorded.
+
+    The graph is walked from the losses. At a tap the walk goes on with the tensors of rows that went
+    into the tapped function, and not with its parameters, which the tap records. A parameter that the
+    walk meets all the same is used past every tap.
 
     Args:
         losses: the rows' losses, (rows,).
+        name_of: a parameter's name.
+        trained: ids of the parameters that are trained.
 
     Raises:
-        InputError: a reentrant checkpoint is below them. It runs its layers without gradients, and
-            again in its backward function, which asking for the anchor's gradient alone never calls:
-            they would get no gradient at all.
+        InputError: a parameter is used outside the private forward pass (in the criterion, say, or in
+            a function that torch does not show), so that its gradient, and the rows' norms, would lack
+            that use; a reentrant checkpoint is below the losses. It runs its layers without gradients,
+            and again in its backward function, which asking for the anchor's gradient alone never
+            calls: they would get no gradient at all.
     """
-    used: dict[torch.Tensor, int] = {}
     seen: set[Any] = set()
     ahead: list[Any] = [losses.grad_fn]
     while ahead:
@@ -29,7 +39,10 @@ def uses_in_graph(losses: torch.Tensor) -> dict[torch.Tensor, int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
+        if isinstance(node, TAP):
+            ahead.extend(node.parents)
+            continue
+        if "CheckpointFunction" in node.name():
             raise InputError(
                 "grad_sample_mode='bk' got losses that come through a reentrant activation checkpoint, "
                 "wanted use_reentrant=False: in gradient_checkpointing_enable({'use_reentrant': False}), "
@@ -39,31 +52,10 @@ def uses_in_graph(losses: torch.Tensor) -> dict[torch.Tensor, int]:
             leaf = getattr(following, "variable", None)  # of an AccumulateGrad node
             if leaf is None:
                 ahead.append(following)
-            else:
-                used[leaf] = used.get(leaf, 0) + 1
-    return used
-
-
-def refuse_unseen(
-    used: dict[torch.Tensor, int], seen: dict[torch.Tensor, int], model: nn.Module
-) -> None:
-    """Raise if the losses use a parameter more often than taps saw it.
-
-    Args:
-        used: parameter -> uses in the graph.
-        seen: parameter -> uses that were entered.
-        model: for the parameters' names.
-
-    Raises:
-        InputError: a parameter is used past the forward of the module that holds it, so that its
-            gradient, and the rows' norms, would lack that use.
-    """
-    for name, parameter in model.named_parameters():
-        times, entered = used.get(parameter, 0), seen.get(parameter, 0)
-        if times > entered:
-            raise InputError(
-                f"The losses use {name} {times} times, {entered} of them through the forward of the "
-                f"module that holds it, wanted all: per-sample gradients come from modules' inputs and "
-                f"outputs. Use it through a module's forward (a tied head as dpzoo's models tie it), or "
-                f"freeze it."
-            )
+            elif id(leaf) in trained:
+                raise InputError(
+                    f"The losses use {name_of(leaf)} outside the model's private forward pass, or in a "
+                    f"function that torch does not show ({node.name()}), wanted every use in torch "
+                    f"functions that the model's forward calls: elsewhere its per-sample gradients "
+                    f"cannot be had. Move that use into the forward, or freeze the parameter."
+                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,26 +11,28 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
-from dpzoo.clipping.graph import refuse_unseen, uses_in_graph
-from dpzoo.clipping.taps import Entry, Tap, entry_of, input_of
+from dpzoo.clipping.graph import refuse_unseen
+from dpzoo.clipping.recorder import Enter, Recorder, run_backward
+from dpzoo.clipping.verification import verify
 from dpzoo.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+
 
 class BookKeepingHooks(AbstractGradSampleHooks):
-    """Taps on a model's layers, without wrapping it (``wrap_model=False``).
+    """A model whose forward passes are recorded, without wrapping it (``wrap_model=False``).
 
     Args:
-        m: the model. Any `torch.nn.Module` will do: linear layers, embeddings, LayerNorm and RMSNorm
-            are kept by their factors, other layers that hold parameters by Opacus' sampler for them
-            or by functorch.
+        m: the model: any module whose parameters meet the batch in torch functions. What a row
+            computes must not depend on other rows.
         batch_first: must be True.
         loss_reduction: "mean" or "sum", of the criterion.
 
     Raises:
-        UnsupportedModelError: a trainable parameter sits where its per-sample gradient cannot be had.
+        UnsupportedModelError: ``batch_first`` is False.
     """
 
     def __init__(
@@ -45,64 +47,85 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             parameter.__dict__.pop("_forward_counter", None)  # Opacus' hooks' own; not used here
             parameter.__dict__.pop("grad_sample", None)
             setattr(parameter, "summed_grad", None)  # noqa: B010  (not an attribute of tensors)
-        self._entries: dict[nn.Module, tuple[str, Entry | None]] = {}
-        self._handles: list[RemovableHandle] = []
+        self.anchor = torch.zeros((), device=_device(m), requires_grad=True)
         self._book: Book | None = None
-        self._anchor = torch.zeros((), device=_device(m), requires_grad=True)
+        self._recorder: Recorder | None = None
+        self._depth = 0
+        self._verifying = False
+        self._verified: set[int] = set()
+        self._names: dict[int, str] = {}
         self._norms: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
         self.nonfinite_rows = 0
         """Rows so far whose gradient was not finite, and which contributed nothing."""
-        for name, module in m.named_modules():
-            own = list(module.parameters(recurse=False))
-            if own:
-                trainable = any(p.requires_grad for p in own)
-                self._entries[module] = (name, entry_of(module, name) if trainable else None)
-                self._handles.append(module.register_forward_hook(self._tap, with_kwargs=True))
+        self._handles: list[RemovableHandle] = [
+            m.register_forward_pre_hook(self._begin, with_kwargs=True),
+            m.register_forward_hook(self._end, always_call=True),
+        ]
 
     # --- forward --------------------------------------------------------------------------------
 
-    def _tap(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return None
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
-            return None
-        name, entry = self._entries[module]
-        if entry is None:  # frozen when the model was made private, and trainable by now
-            entry = entry_of(module, name)
-            self._entries[module] = (name, entry)
-        if not isinstance(output, torch.Tensor):
-            raise UnsupportedModelError(
-                f"{name} ({type(module).__name__}) returns {type(output).__name__}, wanted a tensor: "
-                f"its per-sample gradients cannot be computed. Freeze it, or use another layer."
-            )
-        x = input_of(args, kwargs, name)
-        return Tap.apply(output, x, self._anchor, partial(self._enter, module, name, entry))
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or not torch.is_grad_enabled():
+            return
+        tensors = list(_tensors_of((args, kwargs)))
+        rows = _rows_of(kwargs, tensors)
+        self._recorder = None
+        if not rows:  # an empty batch has no gradients
+            return
+        trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
+        self._names = trained
+        self._recorder = recorder = Recorder(self, rows)
+        for tensor in tensors:
+            if tensor.ndim and tensor.shape[0] == rows and id(tensor) not in trained:
+                recorder.mark(tensor)
+        recorder.__enter__()
 
-    def _enter(
-        self, module: nn.Module, name: str, entry: Entry, x: torch.Tensor, grad: torch.Tensor
-    ) -> None:
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._recorder is not None and torch.is_grad_enabled():
+            self._recorder.__exit__(None, None, None)
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """A trained parameter's name, or what a tensor that comes from parameters was computed by."""
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return name
+        if tensor._base is not None and id(tensor._base) in self._names:
+            return f"a view of {self._names[id(tensor._base)]}"
+        return "a parameter of no module" if tensor.is_leaf else f"the output of {tensor.grad_fn.name()}"
+
+    def enter(self, enter: Enter, grads: tuple[torch.Tensor, ...], saved: Any) -> None:
+        """Let a tap's backward record its use; for `dpzoo.clipping.recorder.Tap`."""
+        if self._verifying:
+            return
         if self._book is None:
             raise InputError(
                 "An ordinary loss was backpropagated through a model in grad_sample_mode='bk': its "
                 "gradients would not be clipped. Call backward() on what the criterion from "
                 "make_private returns: criterion(model(**batch)).backward()."
             )
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            entry(self._book, module, name, x, grad)
+        with (
+            torch._C.DisableTorchFunction(),
+            torch.no_grad(),
+            torch.autocast(grads[0].device.type, enabled=False),
+        ):
+            enter(self._book, *(g.detach() for g in grads), *(s.detach() for s in saved))
 
     # --- backward -------------------------------------------------------------------------------
 
     def backward(self, losses: torch.Tensor, optimizer: BookKeepingOptimizer) -> None:
-        """Add the clipped sum of the rows' gradients to every parameter's ``summed_grad``.
+        """Add the clipped sum of the rows' gradients to the optimizer's sums.
 
         Args:
             losses: the rows' losses, (rows,).
-            optimizer: gives the clip factors.
+            optimizer: gives the clip factors, and keeps the sums.
 
         Raises:
             InputError: the losses are not one for each row; they come through a reentrant activation
-                checkpoint; or a parameter is used past the forward of the module that holds it.
+                checkpoint; a parameter is used where the recorder cannot see it; or the recorded
+                gradients are not the rows' gradients (see `dpzoo.clipping.verification`).
 
         Guarantees:
             Row i's share of the sum is its gradient times a factor that depends on row i alone, of
@@ -114,15 +137,46 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"for each row. dpzoo.ModelLoss() takes a model's outputs; for flat token losses pass "
                 f"shape=logits.shape."
             )
-        used = uses_in_graph(losses)
-        book = self._book = Book(len(losses))
-        try:
-            torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
-        finally:
-            self._book = None
-        refuse_unseen(used, book.counts, self._module)
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        book = self._record(losses, parameters)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             self._settle(book, losses, optimizer)
+
+    def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor]) -> Book:
+        rows = len(losses)
+        book = Book(rows, parameters)
+        if not rows or losses.grad_fn is None:
+            return book
+        recorder = self._recorder
+        if recorder is None:
+            raise InputError(
+                "The losses do not come from a forward pass of the model in grad_sample_mode='bk', wanted "
+                "criterion(model(**batch)): call the model itself, not a part of it, with gradients enabled."
+            )
+        if recorder.rows != rows:
+            raise InputError(
+                f"The losses have {rows} rows and the batch had {recorder.rows}, wanted one loss for each "
+                f"row of the batch, from one call of the model."
+            )
+        self._names = {id(p): n for n, p in self._module.named_parameters() if p.requires_grad}
+        refuse_unseen(losses, self.name_of, self._names)
+        known = hash((recorder.guessed, tuple(recorder.uses)))
+        check = known not in self._verified
+        self._book = book
+        try:
+            total = losses.sum()
+            run_backward(recorder, total, self.anchor, retain_graph=check)
+        finally:
+            self._book = None
+        squared = book.squared_norms()
+        if check:
+            self._verifying = True
+            try:
+                verify(losses, book, squared, parameters, self.name_of, recorder)
+            finally:
+                self._verifying = False
+            self._verified.add(known)
+        return book
 
     def _settle(self, book: Book, losses: torch.Tensor, optimizer: BookKeepingOptimizer) -> None:
         squared = book.squared_norms()
@@ -137,7 +191,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             kept = finite
         for parameter in squared:
             weights = factors[parameter if parameter in factors else None]
-            total_grad = book.close(parameter, weights, kept)
+            total_grad = book.close(parameter, weights, kept, parameter.summed_grad)
             setattr(parameter, "summed_grad", total_grad)  # noqa: B010
 
     # --- reading, not private -------------------------------------------------------------------
@@ -185,3 +239,23 @@ class BookKeepingModule(BookKeepingHooks, AbstractGradSampleModule):
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in arguments: in lists, tuples, mappings and dataclasses too."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_of(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_of(item)
+
+
+def _rows_of(kwargs: Any, tensors: list[torch.Tensor]) -> int:
+    """The number of rows of a batch: the first dimension of its main input."""
+    main = next((kwargs[k] for k in MAIN_INPUTS if isinstance(kwargs.get(k), torch.Tensor)), None)
+    if main is None:
+        main = next((t for t in tensors if t.ndim), None)
+    return 0 if main is None or not main.ndim else len(main)

@@ -11,7 +11,7 @@ from dpzoo.auditing import audit, audit_loop
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.noise import NoiseStreams
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
-from dpzoo.clipping.uses import Lookup, Projection
+from dpzoo.factors import EmbeddingFactors, LinearFactors
 from tests.auditing.clean import CLEAN, NO_EMPTY_BATCH
 from tests.auditing.loops import Loop
 from tests.auditing.planted import PLANTED, Planted
@@ -133,13 +133,13 @@ def _no_cross_terms(patch: pytest.MonkeyPatch) -> None:
 
 def _repeated_ids_apart(patch: pytest.MonkeyPatch) -> None:
     """As if no id came twice in a row."""
-    patch.setattr(Lookup, "squared_norm", lambda self: self.grads.square().sum((1, 2)))
+    patch.setattr(EmbeddingFactors, "squared_norm", lambda self: (self.grads.square().sum((1, 2)), None))
 
 
 def _shares_of_other_rows(patch: pytest.MonkeyPatch) -> None:
-    add_to = Projection.add_to
+    add_to = LinearFactors.add_to
     patch.setattr(
-        Projection, "add_to", lambda self, total, weights: add_to(self, total, weights.flip(0))
+        LinearFactors, "add_to", lambda self, total, weights: add_to(self, total, weights.flip(0))
     )
 
 
@@ -156,9 +156,10 @@ def _factors_of_the_batch(patch: pytest.MonkeyPatch) -> None:
 def _last_backward_only(patch: pytest.MonkeyPatch) -> None:
     close = Book.close
 
-    def forgetful(self: Book, parameter: Any, weights: Any, kept: Any = None) -> torch.Tensor:
-        parameter.summed_grad = None
-        return close(self, parameter, weights, kept)
+    def forgetful(
+        self: Book, parameter: Any, weights: Any, kept: Any = None, total: Any = None, **more: Any
+    ) -> torch.Tensor:
+        return close(self, parameter, weights, kept, None, **more)
 
     patch.setattr(Book, "close", forgetful)
 
@@ -166,7 +167,11 @@ def _last_backward_only(patch: pytest.MonkeyPatch) -> None:
 def _nan_rows_kept(patch: pytest.MonkeyPatch) -> None:
     close = Book.close
     patch.setattr(
-        Book, "close", lambda self, parameter, weights, kept: close(self, parameter, weights)
+        Book,
+        "close",
+        lambda self, parameter, weights, kept=None, total=None, **more: close(
+            self, parameter, weights, None, total, **more
+        ),
     )
 
 

@@ -265,9 +265,9 @@ def test_bk_enters_no_use_of_a_frozen_weight(name: str, monkeypatch: pytest.Monk
     entered: set[torch.Tensor] = set()
     add = Book.add
 
-    def spied(self: Book, parameter: torch.Tensor, use: Any, key: str) -> None:
+    def spied(self: Book, parameter: torch.Tensor, *args: Any) -> None:
         entered.add(parameter)
-        add(self, parameter, use, key)
+        add(self, parameter, *args)
 
     monkeypatch.setattr(Book, "add", spied)
     step = Step(name, zoo, "bk")

@@ -1,15 +1,21 @@
-"""The mathematics of book-keeping: a gradient known by its factors.
+"""The mathematics of per-row gradients that are known by their factors.
 
-A *use* is one contribution to the per-sample gradients of one parameter, kept in the form in which it
-is cheapest to take a norm, an inner product with another use, and a weighted sum over the rows:
+One contribution to the per-sample gradients of one parameter is kept in the form in which it is cheapest
+to take a norm, an inner product with another contribution, and a weighted sum over the rows:
 
-- `Projection`, of a linear layer: G_i = sum_t l_it r_it^T, kept as (l, r);
-- `Lookup`, of an embedding: G_i = sum_t onehot(id_it) g_it^T, kept as (id, g);
-- `Direct`, the per-sample gradients themselves: vectors, and small or long-sequence matrices.
+- `LinearFactors`, of a linear layer: G_i = sum_t l_it r_it^T, kept as (l, r);
+- `EmbeddingFactors`, of an embedding: G_i = sum_t onehot(id_it) g_it^T, kept as (id, g);
+- `DenseGrads`, the per-sample gradients themselves: vectors, and small or long-sequence matrices.
 
-The norm of a parameter with several uses needs the inner products of all pairs of them; that is what
-makes tied weights exact. Sources: Li et al. 2021 (arXiv 2110.05679) for the Gram form, Bu et al. 2023
-(arXiv 2210.00038) for book-keeping, Ding et al. 2024 (arXiv 2405.18194) for lookup x projection.
+The norm of a parameter that is used several times needs the inner products of all pairs of uses; that
+is what makes tied weights exact. Sources: Li et al. 2021 (arXiv 2110.05679) for the Gram form, Bu et al.
+2023 (arXiv 2210.00038) for book-keeping, Ding et al. 2024 (arXiv 2405.18194) for embedding x linear.
+
+Rounding. A Gram norm is a sum of t^2 terms that may cancel. With u the unit roundoff of the dtype, each
+term <l_t, l_s> <r_t, r_s> is computed with an error of the order of u |l_t| |l_s| |r_t| |r_s|, so the
+squared norm has one of the order of u b^2, where b = sum_t |l_t| |r_t| (`magnitude`). The same holds for
+the weighted sum: each product l_t r_t^T is rounded, and the row's share of the sum differs from the exact
+one by at most the order of u b. `rounding_bound` makes an upper bound of the norm from both.
 
 Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is float32 or wider.
 """
@@ -33,7 +39,7 @@ def positions_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[0], x[0, ..., 0].numel() if len(x) else 0, x.shape[-1])
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or as it is if it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -45,12 +51,13 @@ class LayerInput:
     norm, and scaling it by the clip factors serves all their weighted sums.
 
     Args:
-        source: the input, (n, ..., features).
+        source: the input, (n, ..., features), or in another layout if ``by_row`` is given.
+        by_row: the input as (n, ..., features).
     """
 
-    def __init__(self, source: torch.Tensor) -> None:
+    def __init__(self, source: torch.Tensor, by_row: torch.Tensor | None = None) -> None:
         self.source: torch.Tensor | None = source
-        self.positions = wide(positions_of(source))
+        self.positions = upcast(positions_of(source if by_row is None else by_row))
         self.readers = 0
         self._grams: dict[tuple[int, int], torch.Tensor] = {}
         self._scaled: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -83,7 +90,7 @@ class LayerInput:
 
 
 @dataclass
-class Projection:
+class LinearFactors:
     """A linear layer's use of its weight: ``grads`` (n, t, out), and an input of (n, t, in)."""
 
     grads: torch.Tensor
@@ -97,23 +104,25 @@ class Projection:
         """(n, t, in)."""
         return self.input.positions
 
-    def squared_norm(self) -> torch.Tensor:
-        """``sum_ts <l_t, l_s> <r_t, r_s>``, (n,), with the symmetry of both Gram matrices."""
+    def squared_norm(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``sum_ts <l_t, l_s> <r_t, r_s>``, (n,), with the symmetry of both Gram matrices; magnitude."""
         n, length, _ = self.grads.shape
         if length == 1:
-            return self.grads.square().sum((1, 2)) * self.inputs.square().sum((1, 2))
+            return self.grads.square().sum((1, 2)) * self.inputs.square().sum((1, 2)), None
         strip = max(-(-length // BLOCKS), SHORTEST_STRIP)
-        total = self.grads.new_zeros(n)
+        total, magnitude = self.grads.new_zeros(n), self.grads.new_zeros(n)
         for start in range(0, length, strip):
             rows = slice(start, start + strip)
-            total += self._gram_product(rows, rows)
+            left, right = _gram(self.grads, rows, self.grads, rows), self.input.gram(rows, rows)
+            total += torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+            diagonals = left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)
+            magnitude += diagonals.sqrt().sum(1)
             if start:
-                total += 2 * self._gram_product(rows, slice(0, start))
-        return total
-
-    def _gram_product(self, rows: slice, columns: slice) -> torch.Tensor:
-        left = _gram(self.grads, rows, self.grads, columns)
-        return torch.linalg.vecdot(left.flatten(1), self.input.gram(rows, columns).flatten(1))
+                before = slice(0, start)
+                left = _gram(self.grads, rows, self.grads, before)
+                right = self.input.gram(rows, before)
+                total += 2 * torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+        return total, magnitude
 
     def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
         """``total + sum_i weights_i G_i``, (out, in); in place where there is a total."""
@@ -128,30 +137,39 @@ class Projection:
             return left @ right
         return total.addmm_(left, right)
 
-    def select(self, rows: torch.Tensor) -> Projection:
+    def select(self, rows: torch.Tensor) -> LinearFactors:
         """The same use of a subset of the rows."""
-        return Projection(self.grads[rows], LayerInput(self.inputs[rows]))
+        return LinearFactors(self.grads[rows], LayerInput(self.inputs[rows]))
+
+    def double(self) -> LinearFactors:
+        """The same use in float64."""
+        return LinearFactors(self.grads.double(), LayerInput(self.inputs.double()))
+
+    def dense(self) -> torch.Tensor:
+        """(n, out, in)."""
+        return torch.matmul(self.grads.transpose(1, 2), self.inputs)
 
 
 @dataclass
-class Lookup:
+class EmbeddingFactors:
     """An embedding's use of its table: ``ids`` (n, t) and ``grads`` (n, t, hidden)."""
 
     ids: torch.Tensor
     grads: torch.Tensor
     size: int
 
-    def squared_norm(self) -> torch.Tensor:
-        """Positions of a row with the same id added up, squared and summed, (n,)."""
+    def squared_norm(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Positions of a row with the same id added up, squared and summed, (n,); magnitude."""
         n, length, hidden = self.grads.shape
+        sizes = torch.linalg.vector_norm(self.grads, dim=2)
         row = torch.arange(n, device=self.ids.device).unsqueeze(1)
         keys, inverse = torch.unique(row * self.size + self.ids, return_inverse=True)
         if len(keys) == n * length:  # no id twice in a row: positions, as a rule
-            return self.grads.square().sum((1, 2))
+            return sizes.square().sum(1), None
         sums = self.grads.new_zeros(len(keys), hidden)
         sums.index_add_(0, inverse.reshape(-1), self.grads.reshape(n * length, hidden))
         owner = torch.div(keys, self.size, rounding_mode="floor")
-        return self.grads.new_zeros(n).index_add_(0, owner, sums.square().sum(1))
+        return self.grads.new_zeros(n).index_add_(0, owner, sums.square().sum(1)), sizes.sum(1)
 
     def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
         """``total + sum_i weights_i G_i``, (size, hidden); in place where there is a total."""
@@ -161,21 +179,31 @@ class Lookup:
         weighted = self.grads * weights.view(-1, 1, 1)
         return total.index_add_(0, self.ids.reshape(-1), weighted.flatten(0, 1))
 
-    def select(self, rows: torch.Tensor) -> Lookup:
+    def select(self, rows: torch.Tensor) -> EmbeddingFactors:
         """The same use of a subset of the rows."""
-        return Lookup(self.ids[rows], self.grads[rows], self.size)
+        return EmbeddingFactors(self.ids[rows], self.grads[rows], self.size)
+
+    def double(self) -> EmbeddingFactors:
+        """The same use in float64."""
+        return EmbeddingFactors(self.ids, self.grads.double(), self.size)
+
+    def dense(self) -> torch.Tensor:
+        """(n, size, hidden)."""
+        n, _, hidden = self.grads.shape
+        index = self.ids.unsqueeze(-1).expand_as(self.grads)
+        return self.grads.new_zeros(n, self.size, hidden).scatter_add_(1, index, self.grads)
 
 
 @dataclass
-class Direct:
+class DenseGrads:
     """Per-sample gradients as they are, ``grads`` (n, *shape)."""
 
     grads: torch.Tensor
 
-    def squared_norm(self) -> torch.Tensor:
-        """(n,)."""
+    def squared_norm(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(n,); None: nothing cancels."""
         flat = self.grads.flatten(1)
-        return torch.linalg.vector_norm(flat, dim=1).square()
+        return torch.linalg.vector_norm(flat, dim=1).square(), None
 
     def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
         """``total + sum_i weights_i G_i``; in place where there is a total."""
@@ -185,43 +213,51 @@ class Direct:
             total.addcmul_(grad, weight)
         return total
 
-    def select(self, rows: torch.Tensor) -> Direct:
+    def select(self, rows: torch.Tensor) -> DenseGrads:
         """The same use of a subset of the rows."""
-        return Direct(self.grads[rows])
+        return DenseGrads(self.grads[rows])
+
+    def double(self) -> DenseGrads:
+        """The same in float64."""
+        return DenseGrads(self.grads.double())
+
+    def dense(self) -> torch.Tensor:
+        """(n, *shape)."""
+        return self.grads
 
 
-Use = Projection | Lookup | Direct
+GradFactors = LinearFactors | EmbeddingFactors | DenseGrads
 
 
-def inner_product(a: Use, b: Use) -> torch.Tensor:
+def inner_product(a: GradFactors, b: GradFactors) -> torch.Tensor:
     """``<G_a, G_b>`` of each row, (n,), for any two uses of one parameter."""
-    if isinstance(b, Direct) and not isinstance(a, Direct):
+    if isinstance(b, DenseGrads) and not isinstance(a, DenseGrads):
         a, b = b, a
-    if isinstance(a, Lookup) and isinstance(b, Projection):
+    if isinstance(a, EmbeddingFactors) and isinstance(b, LinearFactors):
         a, b = b, a
-    if isinstance(a, Direct):
-        if isinstance(b, Direct):
+    if isinstance(a, DenseGrads):
+        if isinstance(b, DenseGrads):
             return (a.grads * b.grads).flatten(1).sum(1)
-        if isinstance(b, Projection):
+        if isinstance(b, LinearFactors):
             return (torch.matmul(b.inputs, a.grads.transpose(1, 2)) * b.grads).sum((1, 2))
         index = b.ids.unsqueeze(-1).expand_as(b.grads)
         return (a.grads.gather(1, index) * b.grads).sum((1, 2))
-    if isinstance(a, Projection) and isinstance(b, Projection):
+    if isinstance(a, LinearFactors) and isinstance(b, LinearFactors):
         left = torch.matmul(a.grads, b.grads.transpose(1, 2))
         right = torch.matmul(a.inputs, b.inputs.transpose(1, 2))
         return torch.linalg.vecdot(left.flatten(1), right.flatten(1))
-    if isinstance(a, Projection) and isinstance(b, Lookup):
+    if isinstance(a, LinearFactors) and isinstance(b, EmbeddingFactors):
         # l_s[id_t], (n, s, t): no tensor has both a vocabulary and a hidden dimension.
         index = b.ids.unsqueeze(1).expand(-1, a.grads.shape[1], -1)
         gram = torch.matmul(a.inputs, b.grads.transpose(1, 2))
         return (a.grads.gather(2, index) * gram).sum((1, 2))
-    assert isinstance(a, Lookup)
-    assert isinstance(b, Lookup)
+    assert isinstance(a, EmbeddingFactors)
+    assert isinstance(b, EmbeddingFactors)
     same = a.ids.unsqueeze(2) == b.ids.unsqueeze(1)
     return (torch.matmul(a.grads, b.grads.transpose(1, 2)) * same).sum((1, 2))
 
 
-def projection(grads: torch.Tensor, input: LayerInput) -> Use:
+def linear_factors(grads: torch.Tensor, input: LayerInput) -> GradFactors:
     """A linear layer's use, in the form that costs least.
 
     Per row, with t positions and a weight of (out, in), counting multiply-adds: the norm by Gram
@@ -235,8 +271,18 @@ def projection(grads: torch.Tensor, input: LayerInput) -> Use:
     """
     length, out, into = grads.shape[1], grads.shape[2], input.positions.shape[2]
     if length > 1 and out * into <= length * (out + into):
-        return Direct(torch.matmul(grads.transpose(1, 2), input.positions))
-    return Projection(grads, input)
+        return DenseGrads(torch.matmul(grads.transpose(1, 2), input.positions))
+    return LinearFactors(grads, input)
+
+
+def total_squared_norm(uses: list[GradFactors]) -> torch.Tensor:
+    """Squared norms of the sums of several uses, (n,): all pairs' inner products."""
+    total = uses[0].squared_norm()[0]
+    for k, use in enumerate(uses[1:], 1):
+        total = total + use.squared_norm()[0]
+        for other in uses[:k]:
+            total = total + 2 * inner_product(other, use)
+    return total
 
 
 def _gram(a: torch.Tensor, rows: slice, b: torch.Tensor, columns: slice) -> torch.Tensor:
