@@ -75,7 +75,7 @@ class Ledger:
 
         Args:
             run: the run's name.
-            step: its number in the run, from 0 on.
+            step: its number in the run, from 1 on.
             noise_multiplier: sigma, 0 or more.
             sample_rate: chance of a row to be drawn, above 0 and at most 1.
 
@@ -84,7 +84,7 @@ class Ledger:
             OSError: the entry could not be written. The step must not be taken.
         """
         _check("run", run, "a name", isinstance(run, str) and bool(run))
-        _check("step", step, "an integer from 0 on", type(step) is int and step >= 0)
+        _check("step", step, "an integer from 1 on", type(step) is int and step >= 1)
         noise, rate = _number(noise_multiplier), _number(sample_rate)
         _check("noise_multiplier", noise_multiplier, "0 or more", 0 <= noise < math.inf)
         _check("sample_rate", sample_rate, "above 0 and at most 1", 0 < rate <= 1)

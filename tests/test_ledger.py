@@ -115,7 +115,8 @@ def test_a_commit_needs_a_begin(path: Path) -> None:
     [
         ({"run": ""}, "run='', wanted a name"),
         ({"run": 5}, "run=5"),
-        ({"step": -1}, "step=-1, wanted an integer from 0 on"),
+        ({"step": -1}, "step=-1, wanted an integer from 1 on"),
+        ({"step": 0}, "step=0"),  # `paid` after 0 would leave it out
         ({"step": 1.0}, "step=1.0"),
         ({"step": True}, "step=True"),
         ({"noise_multiplier": float("nan")}, "noise_multiplier=nan, wanted 0 or more"),

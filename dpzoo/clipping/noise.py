@@ -179,9 +179,12 @@ class NoiseSource:
     ) -> bytes:
         """``tensor = (tensor + noise) * scale``, in place, with noise from N(0, std^2).
 
+        Several processes: add their sums up first, and noise the total in one process. A digest of one
+        process's part does not cover the others', and a sum of lattice points and parts is on no lattice.
+
         Args:
             tensors: float32 or float64, on any device, none of them twice.
-            std: standard deviation of the noise, 0 or from 2^-100 to 2^100; 0 adds none and rounds nothing.
+            std: standard deviation of the noise, 0 or from 2^-60 to 2^60; 0 adds none and rounds nothing.
             scale: factor of the noised tensors. It is applied after the rounding.
             step: the number of the logical step.
             digest: of the sums, if it is known; `digest` of ``tensors`` if None. Give it where several
@@ -195,16 +198,20 @@ class NoiseSource:
 
         Raises:
             InputError: a tensor of another type or layout, or in the list twice; std or scale out of
-                range or not finite; a step that is no integer from 0 on.
+                range or not finite; a step that is no integer from 0 on; a digest that is not bytes.
         """
         flats = _checked(tensors)
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise InputError(f"NoiseSource.add got step={step!r}, wanted an integer from 0 on.")
-        if not (std == 0 or 2.0**-100 <= std <= 2.0**100):
-            raise InputError(f"NoiseSource.add got std={std!r}, wanted 0 or 2^-100 to 2^100.")
+        if not (std == 0 or 2.0**-60 <= std <= 2.0**60):
+            raise InputError(f"NoiseSource.add got std={std!r}, wanted 0 or 2^-60 to 2^60.")
         if not math.isfinite(scale):
             raise InputError(f"NoiseSource.add got scale={scale!r}, wanted a finite number.")
         digest = self.digest(tensors) if digest is None else digest
+        if not isinstance(digest, bytes):
+            raise InputError(
+                f"NoiseSource.add got digest={digest!r}, wanted bytes: NoiseSource.digest's."
+            )
         name = self._prf(
             b"name", domain.encode(), str(step).encode(), struct.pack("<d", std), digest
         )

@@ -37,9 +37,16 @@ def noise_of(
     sums: list[torch.Tensor], step: int = 1, key: bytes = KEY, **options: Any
 ) -> torch.Tensor:
     """Noise on sums, (numel of all,)."""
+    return torch.cat(noises_of(sums, step, key, **options))
+
+
+def noises_of(
+    sums: list[torch.Tensor], step: int = 1, key: bytes = KEY, **options: Any
+) -> list[torch.Tensor]:
+    """Noise on each of the sums, (numel,)."""
     noised = [tensor.clone() for tensor in sums]
     NoiseSource(key).add(noised, options.pop("std", 1.0), step=step, **options)
-    return torch.cat([(b - a).flatten() for a, b in zip(sums, noised, strict=True)])
+    return [(b - a).flatten() for a, b in zip(sums, noised, strict=True)]
 
 
 @pytest.fixture(params=["cpu", "device"])
@@ -128,10 +135,12 @@ def test_the_tails_reach_nine_standard_deviations_and_end(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_hundred_million_draws() -> None:
-    """Chi-square over 1,000 cells of equal probability, tails to 5.5 std, pairs of a Box-Muller draw."""
+    """Chi-square over 1,000 cells of equal probability, tails to 5.5 std, correlations of six kinds."""
     count, cells = 100_000_000, 1000
     edges = torch.from_numpy(stats.norm.ppf(np.arange(1, cells) / cells))
-    seen, tails, pairs = torch.zeros(cells), dict.fromkeys((4.0, 4.5, 5.0, 5.5), 0), 0.0
+    seen, tails = torch.zeros(cells), dict.fromkeys((4.0, 4.5, 5.0, 5.5), 0)
+    products: dict[str, list[torch.Tensor]] = {}
+    before = draw(count // 20, step=20).double()
     for step in range(20):
         z = draw(count // 20, step=step).double()
         # Half a spacing further, at random: a lattice point is somewhere in its cell.
@@ -140,14 +149,24 @@ def test_a_hundred_million_draws() -> None:
         for quantile in tails:
             tails[quantile] += int((z.abs() > quantile).sum())
         blocks = z[: len(z) // CHUNK * CHUNK].view(-1, 2, CHUNK // 2)
-        pairs += float((blocks[:, 0] * blocks[:, 1]).sum())
+        for name, product in {
+            "cosines and sines": blocks[:, 0] * blocks[:, 1],
+            "their squares": (blocks[:, 0] ** 2 - 1) * (blocks[:, 1] ** 2 - 1) / 2,
+            "neighbours": z[1:] * z[:-1],
+            "chunks": z[CHUNK:] * z[:-CHUNK],
+            "steps": z * before,
+            "squares of steps": (z**2 - 1) * (before**2 - 1) / 2,
+        }.items():
+            products.setdefault(name, []).append(product.mean() * math.sqrt(product.numel()))
+        before = z
     chi = float(((seen - count / cells) ** 2 / (count / cells)).sum())
     assert stats.chi2.sf(chi, cells - 1) > 1e-6
     assert stats.chi2.cdf(chi, cells - 1) > 1e-6
     for quantile, got in tails.items():
         expected = count * math.erfc(quantile / math.sqrt(2))
         assert abs(got - expected) <= 5 * math.sqrt(expected) + 1
-    assert abs(pairs) <= 5 * math.sqrt(count / 2)
+    for name, means in products.items():
+        assert abs(float(torch.stack(means).sum())) <= 5 * math.sqrt(20), name
 
 
 # What it depends on
@@ -307,6 +326,24 @@ def test_a_published_digest_does_not_show_the_hash_key() -> None:
     assert all(tag[:4] not in published for tag in tags)
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_device_by_itself_and_with_the_cpu(device: str) -> None:
+    """Gaussian, equal for equal sums, independent for others and between tensors."""
+    sums = [torch.randn(2, CHUNK, device=device), torch.randn(CHUNK), torch.zeros(7, device=device)]
+    base = torch.cat([noise.cpu() for noise in noises_of(sums)])
+    assert torch.equal(base, torch.cat([noise.cpu() for noise in noises_of(sums)]))
+    # Rounding moves 1e-7 of a sum of size 1.
+    assert_gaussian(base, 1.0)
+    assert_independent(*base[: 3 * CHUNK].split(CHUNK))
+    for index in range(3):
+        changed = [tensor.clone() for tensor in sums]
+        changed[index].view(-1)[-1] += 2.0**-20
+        assert_independent(base, torch.cat([noise.cpu() for noise in noises_of(changed)]))
+
+
 # What is done to the tensors
 
 
@@ -428,6 +465,7 @@ def test_tensors_that_are_refused(tensors: list[Any], says: str) -> None:
         ({"step": -1}, "step=-1, wanted an integer"),
         ({"step": 1.0}, "step=1.0"),
         ({"step": True}, "step=True"),
+        ({"digest": "ab"}, "digest='ab', wanted bytes"),
     ],
 )
 def test_arguments_that_are_refused(options: dict[str, Any], says: str) -> None:
