@@ -162,6 +162,24 @@ class AlbertPreTrainedModel(PerSampleModel):
     config_class = AlbertConfig
     base_model_prefix = "albert"
     supports_gradient_checkpointing = False
+    _handled_fields = frozenset(
+        {
+            "attention_probs_dropout_prob",
+            "classifier_dropout_prob",
+            "embedding_size",
+            "hidden_act",
+            "hidden_dropout_prob",
+            "hidden_size",
+            "inner_group_num",
+            "intermediate_size",
+            "layer_norm_eps",
+            "max_position_embeddings",
+            "num_attention_heads",
+            "num_hidden_groups",
+            "num_hidden_layers",
+            "type_vocab_size",
+        }
+    )
 
 
 class AlbertModel(AlbertPreTrainedModel):

@@ -17,36 +17,19 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
-from dpzoo.errors import InputError, UnsupportedConfigError
+from dpzoo.errors import InputError
 from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
 from dpzoo.layers.precision import keep_wide, refuse_loss_scale
 from dpzoo.losses import with_loss_per_sample
-
-REFUSED_FIELDS: Mapping[str, tuple[Any, str]] = {
-    "add_cross_attention": (False, "cross-attention is not part of the zoo"),
-    "is_encoder_decoder": (False, "encoder-decoder models are not part of the zoo"),
-    "tie_encoder_decoder": (False, "encoder-decoder models are not part of the zoo"),
-    "cross_attention_hidden_size": (None, "cross-attention is not part of the zoo"),
-    "chunk_size_feed_forward": (0, "a chunked feed-forward calls one layer several times"),
-    "position_embedding_type": ("absolute", "only learned absolute positions are implemented"),
-    "is_causal": (None, "the direction of attention follows the class and config.is_decoder"),
-    "pruned_heads": ({}, "pruned heads change the shape of single layers"),
-}
-"""Config fields that would change the function: the one value that is honoured, and why only that."""
-
-TWO_LABELS: Mapping[str, tuple[Any, str]] = {
-    "num_labels": (2, "question answering has two outputs, the first and the last token")
-}
-"""Added to `REFUSED_FIELDS` by the question answering classes."""
-
-HARMLESS_ARGUMENTS = frozenset({"num_items_in_batch", "cache_position", "return_dict", "use_cache"})
-"""Forward arguments that callers pass to every model and that change nothing here.
-
-``num_items_in_batch`` among them: a loss that divides by the tokens of the whole batch is what the
-per-row losses are there to avoid.
-"""
+from dpzoo.models.fields import (
+    COMMON_FIELDS,
+    HARMLESS_ARGUMENTS,
+    REFUSED_ARGUMENTS,
+    REFUSED_FIELDS,
+    refuse_fields,
+)
 
 
 class ForwardArguments(TypedDict, total=False):
@@ -76,10 +59,19 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
     # how many tokens the rest of an accumulated batch has.
     accepts_loss_kwargs = False
     gradient_checkpointing: bool
+    _handled_fields: frozenset[str] = frozenset()
+    """The config fields that a family honours, beside `dpzoo.models.fields.COMMON_FIELDS`."""
     _honoured_fields: Mapping[str, tuple[Any, str]] = {}
+    """Those of which a class honours one value only, beside `dpzoo.models.fields.REFUSED_FIELDS`."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        refuse_fields(type(self).__name__, config, {**REFUSED_FIELDS, **self._honoured_fields})
+        refuse_fields(
+            type(self).__name__,
+            config,
+            self.config_class,
+            handled=COMMON_FIELDS | self._handled_fields,
+            refused={**REFUSED_FIELDS, **self._honoured_fields},
+        )
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -275,17 +267,6 @@ def classifier_dropout(config: Any) -> float:
     return float(config.hidden_dropout_prob)
 
 
-def refuse_fields(name: str, config: Any, fields: Mapping[str, tuple[Any, str]]) -> None:
-    """Raise `UnsupportedConfigError` for the first field that differs from what is honoured."""
-    for field, (honoured, reason) in fields.items():
-        value = getattr(config, field, honoured)
-        if value != honoured and value is not None:
-            raise UnsupportedConfigError(
-                f"{name} cannot honour config.{field}={value!r} ({reason}). Wanted {honoured!r}: "
-                f"set it, or use the stock transformers class."
-            )
-
-
 def refuse_arguments(name: str, extra: Mapping[str, Any], **named: Any) -> None:
     """Raise `InputError` for arguments that would change the function and cannot be honoured.
 
@@ -297,9 +278,10 @@ def refuse_arguments(name: str, extra: Mapping[str, Any], **named: Any) -> None:
     for argument, value in {**extra, **named}.items():
         if value is None or argument in HARMLESS_ARGUMENTS:
             continue
+        reason = f" ({REFUSED_ARGUMENTS[argument]})" if argument in REFUSED_ARGUMENTS else ""
         raise InputError(
-            f"{name}.forward() got {argument!r}, which it cannot honour. Leave it out, or use the "
-            f"stock transformers class."
+            f"{name}.forward() got {argument!r}, which it cannot honour{reason}. Leave it out, or use "
+            f"the stock transformers class."
         )
 
 

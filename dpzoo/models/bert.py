@@ -29,13 +29,13 @@ from dpzoo.layers.encoder import EncoderLayer, activation
 from dpzoo.losses import batch_mean, token_losses
 from dpzoo.models import heads
 from dpzoo.models.base import (
-    TWO_LABELS,
     ForwardArguments,
     PerSampleModel,
     classifier_dropout,
 )
 from dpzoo.models.cache import takes_cache
-from dpzoo.models.encoder import EncoderBody, MaskedLMHead
+from dpzoo.models.encoder import ENCODER_FIELDS, EncoderBody, MaskedLMHead
+from dpzoo.models.fields import TWO_LABELS
 
 
 class BertLayer(EncoderLayer):
@@ -48,6 +48,7 @@ class BertPreTrainedModel(PerSampleModel):
     config: BertConfig
     config_class = BertConfig
     base_model_prefix = "bert"
+    _handled_fields = ENCODER_FIELDS
     _no_split_modules = ["BertLayer", "EncoderEmbeddings"]
 
 

@@ -36,13 +36,13 @@ from dpzoo.layers.encoder import activation, first_tokens, refuse_uneven_heads
 from dpzoo.layers.lm_head import LMHead
 from dpzoo.models import heads
 from dpzoo.models.base import (
-    TWO_LABELS,
     ForwardArguments,
     PerSampleModel,
     one_input,
     refuse_arguments,
     refuse_too_long,
 )
+from dpzoo.models.fields import TWO_LABELS
 
 LAYER_NORM_EPS = 1e-12
 
@@ -159,6 +159,21 @@ class DistilBertPreTrainedModel(PerSampleModel):
     config: DistilBertConfig
     config_class = DistilBertConfig
     base_model_prefix = "distilbert"
+    _handled_fields = frozenset(
+        {
+            "activation",
+            "attention_dropout",
+            "dim",
+            "dropout",
+            "hidden_dim",
+            "max_position_embeddings",
+            "n_heads",
+            "n_layers",
+            "qa_dropout",
+            "seq_classif_dropout",
+            "sinusoidal_pos_embds",
+        }
+    )
     _no_split_modules = ["TransformerBlock", "Embeddings"]
 
     @torch.no_grad()

@@ -22,6 +22,25 @@ from dpzoo.models.base import (
 )
 from dpzoo.models.cache import CACHE, takes_cache
 
+ENCODER_FIELDS = frozenset(
+    {
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "hidden_size",
+        "intermediate_size",
+        "is_decoder",
+        "layer_norm_eps",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "type_vocab_size",
+        "use_cache",
+    }
+)
+"""The config fields that BERT and RoBERTa honour."""
+
 
 class EncoderBody(PerSampleModel):
     """Token ids to hidden states and a pooled first token; subclasses say where positions begin."""

@@ -152,6 +152,32 @@ class GPT2PreTrainedModel(PerSampleModel):
     config: GPT2Config
     config_class = GPT2Config
     base_model_prefix = "transformer"
+    _handled_fields = frozenset(
+        {
+            "activation_function",
+            "attn_pdrop",
+            "classifier_dropout",
+            "embd_pdrop",
+            "hidden_dropout",
+            "layer_norm_epsilon",
+            "n_embd",
+            "n_head",
+            "n_inner",
+            "n_layer",
+            "n_positions",
+            "reorder_and_upcast_attn",
+            "resid_pdrop",
+            "scale_attn_by_inverse_layer_idx",
+            "scale_attn_weights",
+            "summary_activation",
+            "summary_first_dropout",
+            "summary_last_dropout",
+            "summary_proj_to_labels",
+            "summary_type",
+            "summary_use_proj",
+            "use_cache",
+        }
+    )
     _no_split_modules = ["GPT2Block"]
     _skip_keys_device_placement = [CACHE]
     _can_compile_fullgraph = True

@@ -28,13 +28,13 @@ from dpzoo.errors import UnsupportedConfigError
 from dpzoo.layers.encoder import EncoderLayer
 from dpzoo.models import heads
 from dpzoo.models.base import (
-    TWO_LABELS,
     ForwardArguments,
     PerSampleModel,
     classifier_dropout,
 )
 from dpzoo.models.cache import takes_cache
-from dpzoo.models.encoder import EncoderBody, MaskedLMHead
+from dpzoo.models.encoder import ENCODER_FIELDS, EncoderBody, MaskedLMHead
+from dpzoo.models.fields import TWO_LABELS
 
 
 class RobertaLayer(EncoderLayer):
@@ -47,6 +47,7 @@ class RobertaPreTrainedModel(PerSampleModel):
     config: RobertaConfig
     config_class = RobertaConfig
     base_model_prefix = "roberta"
+    _handled_fields = ENCODER_FIELDS
     _no_split_modules = ["RobertaLayer", "EncoderEmbeddings"]
 
 

@@ -1,0 +1,195 @@
+"""The table of what transformers' models can be told and can answer, and what the zoo does with each.
+
+A config field, a forward argument and an output field is handled, ignored by name because it changes
+nothing here, or refused by name. What a family handles stands in its own file (``_handled_fields``); the
+rest stands here. ``tests/models/test_fields.py`` holds the table against the installed transformers, field
+by field, so that a new one fails there by its name before a user meets it.
+
+A config also holds what no class declares: transformers keeps any key of a config.json. Most of it says
+nothing about the function (``task_specific_params``, ``n_ctx``, the user's own notes), and to refuse that
+would refuse most published checkpoints. Such a key can change what the stock model computes only if the
+stock code reads it, so that is what decides: a key that the table does not have is refused if the
+installed source of the stock model, or of the masks and caches that it uses, reads it from a config, and
+is kept as it is otherwise.
+"""
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+from dpzoo.errors import UnsupportedConfigError
+
+_FULL_ATTENTION = "every layer attends to the whole sequence, over a cache of its own"
+_ONE_ROW = "a row of the batch is one sequence: packed ones would be several privacy units"
+
+COMMON_FIELDS = frozenset(
+    {
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "tie_word_embeddings",
+        "vocab_size",
+    }
+)
+"""Config fields that every family handles."""
+
+IGNORED_FIELDS: Mapping[str, str] = MappingProxyType(
+    {
+        "architectures": "says which class a checkpoint was saved from; from_pretrained reads it",
+        "bos_token_id": "for generate",
+        "dtype": "for the loader",
+        "embedding_size": "stock asks whether it is there, and then lets heads not divide the hidden size",
+        "eos_token_id": "for generate",
+        "per_layer_config": "refused as is_heterogeneous",
+        "transformers_version": "written by save_pretrained",
+    }
+)
+"""Config fields that change nothing in a forward pass, and why."""
+
+REFUSED_FIELDS: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {
+        # First: with one, transformers raises on reading the others.
+        "is_heterogeneous": (
+            False,
+            "all layers have one config, and per_layer_config gives them several",
+        ),
+        "add_cross_attention": (False, "cross-attention is not part of the zoo"),
+        "attention_chunk_size": (None, _FULL_ATTENTION),
+        "chunk_size_feed_forward": (0, "a chunked feed-forward calls one layer several times"),
+        "cross_attention_hidden_size": (None, "cross-attention is not part of the zoo"),
+        "is_causal": (None, "the direction of attention follows the class and config.is_decoder"),
+        "is_encoder_decoder": (False, "encoder-decoder models are not part of the zoo"),
+        "kv_sharing_modes": (None, _FULL_ATTENTION),
+        "layer_types": (None, _FULL_ATTENTION),
+        "num_kv_shared_layers": (None, _FULL_ATTENTION),
+        "position_embedding_type": (
+            "absolute",
+            "only learned absolute positions are implemented",
+        ),
+        "pruned_heads": ({}, "pruned heads change the shape of single layers"),
+        "sliding_window": (None, _FULL_ATTENTION),
+        "tie_encoder_decoder": (False, "encoder-decoder models are not part of the zoo"),
+    }
+)
+"""Config fields that would change the function: the one value that is honoured, and why only that."""
+
+TWO_LABELS: Mapping[str, tuple[Any, str]] = MappingProxyType(
+    {"num_labels": (2, "question answering has two outputs, the first and the last token")}
+)
+"""Added to `REFUSED_FIELDS` by the question answering classes."""
+
+HARMLESS_ARGUMENTS = frozenset({"num_items_in_batch", "cache_position", "return_dict", "use_cache"})
+"""Forward arguments that callers pass to every model and that change nothing here.
+
+``num_items_in_batch`` among them: a loss that divides by the tokens of the whole batch is what the
+per-row losses are there to avoid.
+"""
+
+REFUSED_ARGUMENTS: Mapping[str, str] = MappingProxyType(
+    {
+        "cu_seq_lens_k": _ONE_ROW,
+        "cu_seq_lens_q": _ONE_ROW,
+        "encoder_attention_mask": "cross-attention is not part of the zoo",
+        "encoder_hidden_states": "cross-attention is not part of the zoo",
+        "is_causal": "the direction of attention follows the class and config.is_decoder",
+        "max_length_k": _ONE_ROW,
+        "max_length_q": _ONE_ROW,
+        "output_router_logits": "the zoo has no mixture of experts",
+        "seq_idx": _ONE_ROW,
+    }
+)
+"""Forward arguments that stock models know and the zoo's do not honour, and why. Any other is unknown."""
+
+UNSET_OUTPUTS: Mapping[str, str] = MappingProxyType(
+    {"cross_attentions": "cross-attention is not part of the zoo"}
+)
+"""Output fields that are always None, and why."""
+
+
+def refuse_fields(
+    name: str,
+    config: PreTrainedConfig,
+    config_class: Any,
+    *,
+    handled: frozenset[str],
+    refused: Mapping[str, tuple[Any, str]],
+) -> None:
+    """Raise for the first config field that a class cannot honour.
+
+    Args:
+        name: the class, for the message.
+        config: the config to build it from.
+        config_class: the family's own, of transformers.
+        handled: fields that the class honours with any value.
+        refused: field -> the one value that is honoured, and why.
+
+    Raises:
+        UnsupportedConfigError: a refused field with another value; a field that ``config_class`` declares,
+            that the table does not have, and that is not at its default; any other key that the table
+            does not have and that the installed stock code reads (see the head of this file).
+    """
+    for field, (honoured, reason) in refused.items():
+        value = getattr(config, field, honoured)
+        if value != honoured and value is not None:
+            raise UnsupportedConfigError(
+                f"{name} cannot honour config.{field}={value!r} ({reason}). Wanted {honoured!r}: "
+                f"set it, or use the stock transformers class."
+            )
+    defaults = default_fields(config_class)
+    for field, value in vars(config).items():
+        if field.startswith("_") or field in handled or field in IGNORED_FIELDS or field in refused:
+            continue
+        if field in defaults:
+            if value == defaults[field]:
+                continue
+            what, wanted = (
+                f"a field of {config_class.__name__}",
+                f"{defaults[field]!r}, the default",
+            )
+        elif value is not None and field in fields_read(config_class):
+            what, wanted = "which the stock code reads", "none"
+        else:
+            continue
+        raise UnsupportedConfigError(
+            f"{name} does not know config.{field}={value!r}, {what} in transformers "
+            f"{transformers.__version__}. Wanted {wanted}: set or remove it, or use the stock transformers "
+            f"class."
+        )
+
+
+@functools.cache
+def default_fields(config_class: Any) -> Mapping[str, Any]:
+    """The fields that a config class declares, with their defaults."""
+    default = config_class()
+    return {field.name: getattr(default, field.name) for field in fields(default)}
+
+
+@functools.cache
+def fields_read(config_class: Any) -> frozenset[str]:
+    """The names that a family's stock model reads from a config, by the installed source.
+
+    That is its modeling module and the modules that make its masks and caches. What the rest of
+    transformers reads (the loader, ``generate``) it does for the zoo's models as for the stock ones.
+    """
+    modules = ["transformers.masking_utils", "transformers.cache_utils"]
+    family, found, leaf = config_class.__module__.partition(".configuration_")
+    if found:
+        modules.append(f"{family}.modeling_{leaf}")
+    names: set[str] = set()
+    for module in modules:
+        source = inspect.getsource(importlib.import_module(module))
+        names.update(re.findall(r"\bconfig\.(\w+)", source))
+        names.update(re.findall(r"attr\(\s*(?:\w+\.)*config,\s*[\"'](\w+)", source))
+    return frozenset(name for name in names if not callable(getattr(config_class, name, None)))
