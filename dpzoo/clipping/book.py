@@ -66,9 +66,12 @@ class Uses:
         if self.magnitude is None:
             return squared
         unit = torch.finfo(squared.dtype).eps / 2
-        return (squared + 4 * unit * self.magnitude.square()).sqrt().add(
-            2 * unit * self.magnitude
-        ).square()
+        return (
+            (squared + 4 * unit * self.magnitude.square())
+            .sqrt()
+            .add(2 * unit * self.magnitude)
+            .square()
+        )
 
     def cancelled(self) -> torch.Tensor | None:
         """The rows whose squared norm may be mostly rounding, (rows,); None: none can be."""
@@ -164,7 +167,12 @@ class Book:
         self.add(parameter, use, region)
 
     def add_embedding(
-        self, z: torch.Tensor, ids: torch.Tensor, grads: torch.Tensor, padding: int | None, name: str
+        self,
+        z: torch.Tensor,
+        ids: torch.Tensor,
+        grads: torch.Tensor,
+        padding: int | None,
+        name: str,
     ) -> None:
         """Enter an embedding's use of its table.
 
@@ -210,7 +218,9 @@ class Book:
         base = z._base
         if base is None or id(base) not in self._parameters or base.dtype != z.dtype:
             return None, None
-        if not base.is_contiguous() or any(s == 0 for s, n in zip(z.stride(), z.shape, strict=True) if n > 1):
+        if not base.is_contiguous() or any(
+            s == 0 for s, n in zip(z.stride(), z.shape, strict=True) if n > 1
+        ):
             return None, None
         order = _falling(z)
         sizes = tuple(z.shape[d] for d in order)
@@ -284,11 +294,19 @@ class Book:
 
     def _whole(self, parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
         """Uses of regions that overlap, as gradients of the whole parameter."""
-        total = torch.zeros(self.rows, *parameter.shape, dtype=_dtype(regions), device=parameter.device)
+        total = torch.zeros(
+            self.rows, *parameter.shape, dtype=_dtype(regions), device=parameter.device
+        )
         for region, uses in regions.items():
             for use in uses.factors:
                 for row, grad in zip(total, use.dense(), strict=True):
-                    place = row if region is None else row.as_strided(region.sizes, region.strides, row.storage_offset() + region.offset)
+                    place = (
+                        row
+                        if region is None
+                        else row.as_strided(
+                            region.sizes, region.strides, row.storage_offset() + region.offset
+                        )
+                    )
                     place += grad.reshape(place.shape)
         whole = Uses()
         whole.add(DenseGrads(total))
@@ -328,7 +346,9 @@ class Book:
                     total = _added(total, use, scale, parameter.shape)
                 else:
                     assert total is not None
-                    view = total.as_strided(region.sizes, region.strides, total.storage_offset() + region.offset)
+                    view = total.as_strided(
+                        region.sizes, region.strides, total.storage_offset() + region.offset
+                    )
                     view += use.add_to(None, scale).reshape(view.shape)
         assert total is not None  # a parameter that was reached has a use
         return total
@@ -406,5 +426,6 @@ def _pulled_back(
         return list(pull(z, leaves, grads, is_grads_batched=True, **options))
     except RuntimeError:  # a function without a rule for vmap: one row after the other
         each = [pull(z, leaves, grad, **options) for grad in grads]
-        return [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
-
+        return [
+            None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)
+        ]

@@ -13,7 +13,9 @@ from dpzoo.errors import InputError
 TAP: Any = getattr(Tap, "_backward_cls")  # noqa: B009  (not an attribute that torch declares)
 
 
-def refuse_unseen(losses: torch.Tensor, name_of: Callable[[torch.Tensor], str], trained: Any) -> None:
+def refuse_unseen(
+    losses: torch.Tensor, name_of: Callable[[torch.Tensor], str], trained: Any
+) -> None:
     """Raise if the losses use a parameter in a way that no tap recorded.
 
     The graph is walked from the losses. At a tap the walk goes on with the tensors of rows that went

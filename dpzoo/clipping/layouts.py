@@ -46,7 +46,9 @@ class Picked:
         self.ids = ids
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Picked) and (self.ids is other.ids or torch.equal(self.ids, other.ids))
+        return isinstance(other, Picked) and (
+            self.ids is other.ids or torch.equal(self.ids, other.ids)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -141,7 +143,9 @@ def shifted(layout: AnyLayout, x: torch.Tensor, out: torch.Tensor) -> AnyLayout:
     return layout._replace(dim=layout.dim + more)
 
 
-def elementwise(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+def elementwise(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
     """Entry by entry, with broadcasting."""
     if not isinstance(out, torch.Tensor):  # where(condition): the places of what is true
         return None
@@ -203,7 +207,7 @@ def refold(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, o
         if out.shape[:1] != x.shape[:1]:
             raise Unknown
         return layout
-    if not isinstance(out, torch.Tensor) or out.dtype != x.dtype and out.shape != x.shape:
+    if not isinstance(out, torch.Tensor) or (out.dtype != x.dtype and out.shape != x.shape):
         raise Unknown
     # Entries that follow each other within a row; and how many rounds over all rows there are.
     inside = layout.inner * math.prod(x.shape[layout.dim + 1 :])
@@ -224,7 +228,9 @@ def refold(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, o
 _MOVES: dict[Any, tuple[int, ...]] = {}
 
 
-def order_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> tuple[int, ...]:
+def order_of(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int
+) -> tuple[int, ...]:
     """Which dimension of the input each dimension of a permuting function's output is."""
     rest = tuple(tuple(a) if isinstance(a, (list, torch.Size)) else a for a in args[1:])
     key = (func, ndim, rest, tuple(sorted((k, str(v)) for k, v in kwargs.items())))
@@ -267,7 +273,9 @@ def repeats(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, 
     return Layout(dim, layout.outer * times, layout.inner)
 
 
-def repeats_entries(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+def repeats_entries(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
     """``repeat_interleave``: each entry several times."""
     dim = _argument(args, kwargs, 2, ("dim",))
     times = _argument(args, kwargs, 1, ("repeats",))
@@ -315,7 +323,9 @@ def narrow(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, o
     start = _argument(args, kwargs, 2, ("start",))
     if dim != layout.dim or out.shape[dim] == x.shape[dim]:
         return layout
-    return index(n, (x, (slice(None),) * dim + (slice(start, start + out.shape[dim]),)), {}, x, layout, out)
+    return index(
+        n, (x, (slice(None),) * dim + (slice(start, start + out.shape[dim]),)), {}, x, layout, out
+    )
 
 
 def unbind(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
@@ -436,7 +446,9 @@ def _folded(chosen: torch.Tensor, place: int, n: int) -> Layout:
     raise Unknown
 
 
-def index_select(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+def index_select(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
     """Entries along a dimension by number."""
     dim = _argument(args, kwargs, 1, ("dim",)) % x.ndim
     chosen = _argument(args, kwargs, 2, ("index",))
@@ -455,7 +467,9 @@ def gather(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, o
     return layout
 
 
-def along_default_first(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+def along_default_first(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
     """``flip``, ``roll``: entries of the named dimensions change places."""
     dim = _argument(args, kwargs, 1, ("dims",)) if len(args) < 3 else args[2]
     dims = dim if isinstance(dim, (tuple, list)) else [v for v in args[1:] if isinstance(v, int)]
@@ -472,7 +486,9 @@ def roll(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out
     return layout
 
 
-def concatenated(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+def concatenated(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
     """``cat``: along the rows' dimension copies of whole batches, or along another."""
     pieces = _argument(args, kwargs, 0, ("tensors",))
     dim = _argument(args, kwargs, 1, ("dim", "axis"), 0) % x.ndim
@@ -506,7 +522,7 @@ def product(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, 
     from_right = x.ndim - layout.dim
     if from_right == (1 if left else 2):
         raise Mixing  # summed over
-    if from_right == 2 and left or from_right == 1 and not left:
+    if (from_right == 2 and left) or (from_right == 1 and not left):
         place = out.ndim - (1 if other.ndim == 1 else 2) if left else out.ndim - 1
     else:
         place = out.ndim - from_right + (1 if other.ndim == 1 else 0)
@@ -524,7 +540,9 @@ def attention(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout
     return shifted(layout, x, out)
 
 
-def batched_first(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+def batched_first(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
     """Convolutions, pooling, group norms: what is in the first dimension stays apart."""
     if layout.dim:
         raise Mixing
@@ -561,7 +579,10 @@ def einsum(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, o
     at = next(k for k, o in enumerate(operands) if o is x)
     if isinstance(layout, Picked):
         raise Unknown
-    spread = max(o.ndim - len(t.replace("...", "")) if "..." in t else 0 for o, t in zip(operands, terms, strict=True))
+    spread = max(
+        o.ndim - len(t.replace("...", "")) if "..." in t else 0
+        for o, t in zip(operands, terms, strict=True)
+    )
     names = _letters(terms[at], x.ndim, spread)
     result = _letters(output, out.ndim, spread)
     if names[layout.dim] not in result:
@@ -614,6 +635,17 @@ def recurrent(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout
     return [layout, *(Layout(1) for _ in out[1:])]
 
 
+def heads_of_attention(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
+    """``multi_head_attention_forward``: (seq, rows, hidden) and weights of (rows, ...)."""
+    if not any(x is a for a in args[:3]):
+        return None  # a mask
+    if layout != Layout(1):
+        raise Mixing
+    return [layout, FIRST]
+
+
 def diagonal(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """``diagonal(offset, dim1, dim2)``."""
     one = _argument(args, kwargs, 2, ("dim1",), 0) % x.ndim
@@ -648,7 +680,9 @@ def _table() -> dict[str, Rule]:
         "absolute greater greater_equal less less_equal not_equal sgn mvlgamma lgamma digamma i0 special_expit expit"
     ):
         rules[name] = elementwise
-    for name in names("softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp gumbel_softmax_"):
+    for name in names(
+        "softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp gumbel_softmax_"
+    ):
         rules[name] = along(1)
     rules["sort"] = rules["argsort"] = rules["glu"] = along(1, -1)
     rules["topk"] = rules["kthvalue"] = along(2, -1)
@@ -665,7 +699,9 @@ def _table() -> dict[str, Rule]:
     rules["vecdot"] = rules["linalg_vecdot"] = elementwise_reduced
     for name in names("linear embedding layer_norm rms_norm addmm one_hot"):
         rules[name] = keeps_dims
-    for name in names("view reshape flatten unflatten view_as reshape_as ravel contiguous_view _unsafe_view"):
+    for name in names(
+        "view reshape flatten unflatten view_as reshape_as ravel contiguous_view _unsafe_view"
+    ):
         rules[name] = refold
     for name in names("squeeze"):
         rules[name] = squeeze
@@ -704,7 +740,9 @@ def _table() -> dict[str, Rule]:
         rules[name] = expanded
     for name in names("fft ifft rfft irfft hfft fft_fft fft_ifft fft_rfft fft_irfft"):
         rules[name] = fft
-    for name in names("zeros_like ones_like empty_like full_like rand_like randn_like randint_like"):
+    for name in names(
+        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
+    ):
         rules[name] = like
     for name in names(
         "new_zeros new_ones new_empty new_full new_tensor nonzero argwhere unique unique_consecutive "
@@ -712,13 +750,16 @@ def _table() -> dict[str, Rule]:
     ):
         rules[name] = nothing
     rules["diagonal"] = diagonal
+    rules["multi_head_attention_forward"] = heads_of_attention
     for name in names("lstm gru rnn_tanh rnn_relu"):
         rules[name] = recurrent
     rules["baddbmm"] = baddbmm
     return rules
 
 
-def elementwise_reduced(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+def elementwise_reduced(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
     """``vecdot``: the last dimension is summed over."""
     dim = kwargs.get("dim", -1) % x.ndim
     if dim == layout.dim:
@@ -736,7 +777,20 @@ def baddbmm(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, 
 
 
 PERMUTING = frozenset(
-    "transpose permute t T mT movedim moveaxis swapaxes swapdims adjoint numpy_T transpose_copy".split()
+    [
+        "transpose",
+        "permute",
+        "t",
+        "T",
+        "mT",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "adjoint",
+        "numpy_T",
+        "transpose_copy",
+    ]
 )
 """Functions whose output has the input's dimensions in another order: `order_of`."""
 

@@ -94,7 +94,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             return name
         if tensor._base is not None and id(tensor._base) in self._names:
             return f"a view of {self._names[id(tensor._base)]}"
-        return "a parameter of no module" if tensor.is_leaf else f"the output of {tensor.grad_fn.name()}"
+        return (
+            "a parameter of no module"
+            if tensor.is_leaf
+            else f"the output of {tensor.grad_fn.name()}"
+        )
 
     def enter(self, enter: Enter, grads: tuple[torch.Tensor, ...], saved: Any) -> None:
         """Let a tap's backward record its use; for `dpzoo.clipping.recorder.Tap`."""
@@ -160,7 +164,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             )
         self._names = {id(p): n for n, p in self._module.named_parameters() if p.requires_grad}
         refuse_unseen(losses, self.name_of, self._names)
-        known = hash((recorder.guessed, tuple(recorder.uses)))
+        known = hash((frozenset(recorder.uses), losses.grad_fn.name()))
         check = known not in self._verified
         self._book = book
         try:

@@ -53,7 +53,13 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, owner: Any, enter: Enter, in_place: bool, count: int, *tensors: Any
+        ctx: Any,
+        anchor: torch.Tensor,
+        owner: Any,
+        enter: Enter,
+        in_place: bool,
+        count: int,
+        *tensors: Any,
     ) -> Any:
         """The first ``count`` of ``tensors``, with an edge to ``anchor``; the rest is kept for backward."""
         outputs, saved = tensors[:count], tensors[count:]
@@ -88,6 +94,7 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Any] = []
         """What met what, in which layout: equal for two batches that are recorded in the same way."""
         self.guessed = False
+        self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
         self._classes: dict[Any, bool] = {}
 
     # --- marks ----------------------------------------------------------------------------------
@@ -157,7 +164,13 @@ class Recorder(TorchFunctionMode):
         return self._meet(entry, func, args, kwargs, rowed, shared)
 
     def _propagate(
-        self, entry: Function, func: Any, args: Any, kwargs: Any, rowed: list[torch.Tensor], out: Any
+        self,
+        entry: Function,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        rowed: list[torch.Tensor],
+        out: Any,
     ) -> None:
         """Mark a function's output with the layout of its rows."""
         if isinstance(out, torch.Tensor):
@@ -186,7 +199,13 @@ class Recorder(TorchFunctionMode):
                 self._apply(tensor, layout)
 
     def _layout(
-        self, entry: Function, func: Any, args: Any, kwargs: Any, rowed: list[torch.Tensor], out: Any
+        self,
+        entry: Function,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        rowed: list[torch.Tensor],
+        out: Any,
     ) -> Any:
         found: Any = None
         if entry.name in FIRST_ONLY:
@@ -238,13 +257,20 @@ class Recorder(TorchFunctionMode):
         if all(t.shape == rowed[0].shape for t in outs):
             return layout
         whole = [
-            Layout(0, 1, t.shape[0] // self.rows) if t.ndim and t.shape[0] % self.rows == 0 else None
+            Layout(0, 1, t.shape[0] // self.rows)
+            if t.ndim and t.shape[0] % self.rows == 0
+            else None
             for t in outs
         ]
         return whole[0] if isinstance(out, torch.Tensor) else whole
 
     def _propagate_in_place(
-        self, entry: Function, args: Any, kwargs: Any, rowed: list[torch.Tensor], target: torch.Tensor
+        self,
+        entry: Function,
+        args: Any,
+        kwargs: Any,
+        rowed: list[torch.Tensor],
+        target: torch.Tensor,
     ) -> None:
         """The target of an in-place function keeps its layout, or takes that of what is put in."""
         if getattr(target, MARK, None) is not None and self.layout_of(target) is not None:
@@ -292,7 +318,12 @@ class Recorder(TorchFunctionMode):
         raise Unknown
 
     def _check_target(
-        self, entry: Function, args: Any, kwargs: Any, target: torch.Tensor, values: list[torch.Tensor]
+        self,
+        entry: Function,
+        args: Any,
+        kwargs: Any,
+        target: torch.Tensor,
+        values: list[torch.Tensor],
     ) -> None:
         """Rows that are added to places of other rows would meet."""
         layout = self.layout_of(target)
@@ -309,7 +340,9 @@ class Recorder(TorchFunctionMode):
         self.guessed = True
         self.uses.append((entry.name, *(tuple(t.shape) for t in (target, *values))))
 
-    def _note(self, entry: Function, args: Any, kwargs: Any, shared: list[torch.Tensor], out: Any) -> None:
+    def _note(
+        self, entry: Function, args: Any, kwargs: Any, shared: list[torch.Tensor], out: Any
+    ) -> None:
         """Remember of a shared output what makes its per-row gradients cheap."""
         if entry.name == "embedding" and out.grad_fn is not None:
             ids, table = args[0], args[1]
@@ -333,7 +366,9 @@ class Recorder(TorchFunctionMode):
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if isinstance(node, torch.autograd.function.BackwardCFunction) and isinstance(node, _TAP):
+            if isinstance(node, torch.autograd.function.BackwardCFunction) and isinstance(
+                node, _TAP
+            ):
                 found = True
                 break
             if self._classes.get(node) is False:
@@ -358,7 +393,13 @@ class Recorder(TorchFunctionMode):
     # --- rows meet parameters -------------------------------------------------------------------
 
     def _meet(
-        self, entry: Function, func: Any, args: Any, kwargs: Any, rowed: list[torch.Tensor], shared: Any
+        self,
+        entry: Function,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        rowed: list[torch.Tensor],
+        shared: Any,
     ) -> Any:
         meet = MEETINGS.get(entry.name)
         if meet is not None:
@@ -388,7 +429,9 @@ class Recorder(TorchFunctionMode):
         node.parents = parents
         return tapped
 
-    def expanded(self, entry: Function, z: torch.Tensor, x: torch.Tensor, layout: AnyLayout) -> torch.Tensor:
+    def expanded(
+        self, entry: Function, z: torch.Tensor, x: torch.Tensor, layout: AnyLayout
+    ) -> torch.Tensor:
         """A shared tensor, expanded to the rows of another that it is combined with entry by entry.
 
         Args:
@@ -522,17 +565,97 @@ PLAIN = Function("plain", False)
 """Functions that look at a tensor and give none: shapes, dtypes, numbers."""
 
 PLAIN_NAMES = frozenset(
-    "shape dtype device requires_grad is_leaf grad_fn ndim is_cuda is_cpu layout is_sparse is_quantized is_meta "
-    "is_nested is_mps is_xla is_xpu name names output_nr nbytes itemsize _version _base _backward_hooks grad "
-    "size dim numel nelement stride storage_offset is_floating_point is_complex is_contiguous element_size len "
-    "item tolist bool int float_ index repr str format hash get_device ndimension data_ptr untyped_storage "
-    "storage is_inference is_signed is_same_size result_type broadcast_shapes allclose equal is_tensor "
-    "is_nonzero register_hook retain_grad retains_grad backward set_grad_enabled is_pinned can_cast "
-    "is_conj is_neg is_shared volatile numpy array reduce_ex deepcopy dir contains iter_ requires_grad_ "
-    "is_coalesced sym_size sym_numel sym_stride register_post_accumulate_grad_hook is_autocast_enabled".split()
+    [
+        "shape",
+        "dtype",
+        "device",
+        "requires_grad",
+        "is_leaf",
+        "grad_fn",
+        "ndim",
+        "is_cuda",
+        "is_cpu",
+        "layout",
+        "is_sparse",
+        "is_quantized",
+        "is_meta",
+        "is_nested",
+        "is_mps",
+        "is_xla",
+        "is_xpu",
+        "name",
+        "names",
+        "output_nr",
+        "nbytes",
+        "itemsize",
+        "_version",
+        "_base",
+        "_backward_hooks",
+        "grad",
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "stride",
+        "storage_offset",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "element_size",
+        "len",
+        "item",
+        "tolist",
+        "bool",
+        "int",
+        "float_",
+        "index",
+        "repr",
+        "str",
+        "format",
+        "hash",
+        "get_device",
+        "ndimension",
+        "data_ptr",
+        "untyped_storage",
+        "storage",
+        "is_inference",
+        "is_signed",
+        "is_same_size",
+        "result_type",
+        "broadcast_shapes",
+        "allclose",
+        "equal",
+        "is_tensor",
+        "is_nonzero",
+        "register_hook",
+        "retain_grad",
+        "retains_grad",
+        "backward",
+        "set_grad_enabled",
+        "is_pinned",
+        "can_cast",
+        "is_conj",
+        "is_neg",
+        "is_shared",
+        "volatile",
+        "numpy",
+        "array",
+        "reduce_ex",
+        "deepcopy",
+        "dir",
+        "contains",
+        "iter_",
+        "requires_grad_",
+        "is_coalesced",
+        "sym_size",
+        "sym_numel",
+        "sym_stride",
+        "register_post_accumulate_grad_hook",
+        "is_autocast_enabled",
+    ]
 )
 
-FIRST_ONLY = frozenset("type_as view_as reshape_as expand_as to broadcast_to".split())
+FIRST_ONLY = frozenset(["type_as", "view_as", "reshape_as", "expand_as", "to", "broadcast_to"])
 """Functions that take their values from the first argument alone."""
 
 FUNCTIONS: dict[Any, Function] = {}
@@ -542,14 +665,24 @@ def _resolve(func: Any) -> Function:
     name = getattr(func, "__name__", "") or str(func)
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-        entry = Function(name, False) if name in ("T", "mT", "H", "mH", "data", "real", "imag") else PLAIN
+        entry = (
+            Function(name, False)
+            if name in ("T", "mT", "H", "mH", "data", "real", "imag")
+            else PLAIN
+        )
     elif name in ("__set__", "__delete__"):
         entry = PLAIN
     else:
         bare = name.strip("_")
         item = name == "__setitem__"
-        in_place = item or (name.endswith("_") and not name.endswith("__")) or (
-            name.startswith("__i") and bare[1:] in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+        in_place = (
+            item
+            or (name.endswith("_") and not name.endswith("__"))
+            or (
+                name.startswith("__i")
+                and bare[1:]
+                in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+            )
         )
         if name.startswith("__i") and in_place:
             bare = bare[1:]
@@ -594,7 +727,15 @@ def _meet_linear(
 
 
 def _linear(
-    self: Recorder, entry: Function, out: Any, x: Any, weight: Any, bias: Any, shared: Any, *, turned: bool = False
+    self: Recorder,
+    entry: Function,
+    out: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    shared: Any,
+    *,
+    turned: bool = False,
 ) -> Any:
     """Tap ``out = x @ weight^T + bias``; ``turned``: the weight is (in, out), as matmul takes it."""
     layout = self.layout_of(x)
@@ -663,8 +804,16 @@ def _meet_matmul(
     if entry.name in ("bmm", "mm") and z.shape[0] != x.shape[0]:
         raise Unknown
     wide_z = self.expanded(entry, z, x, layout)
-    out = func(*(wide_z if v is z else v for v in args), **{k: wide_z if v is z else v for k, v in kwargs.items()})
-    self._apply(out, layouts.product(self.rows, (a if a is x else wide_z, b if b is x else wide_z), {}, x, layout, out))
+    out = func(
+        *(wide_z if v is z else v for v in args),
+        **{k: wide_z if v is z else v for k, v in kwargs.items()},
+    )
+    self._apply(
+        out,
+        layouts.product(
+            self.rows, (a if a is x else wide_z, b if b is x else wide_z), {}, x, layout, out
+        ),
+    )
     return out
 
 
@@ -672,7 +821,15 @@ def _meet_embedding(
     self: Recorder, entry: Function, func: Any, args: Any, kwargs: Any, rowed: Any, shared: Any
 ) -> Any:
     ids, table, padding, max_norm, _, by_frequency, sparse = _named(
-        args, kwargs, "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
+        args,
+        kwargs,
+        "input",
+        "weight",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
     )
     if rowed != [ids] or not _only(shared, table):
         raise Unknown
@@ -692,8 +849,11 @@ def _lookup(self: Recorder, entry: Function, out: Any, ids: Any, table: Any, pad
     def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
         spread = grad.reshape(*kept.shape, -1)
         book.add_embedding(
-            table, _positions(kept.unsqueeze(-1), layout, rows).squeeze(-1), _positions(spread, layout, rows),
-            padding, entry.name,
+            table,
+            _positions(kept.unsqueeze(-1), layout, rows).squeeze(-1),
+            _positions(spread, layout, rows),
+            padding,
+            entry.name,
         )
 
     out = self.tap(out, enter, (ids,), in_place=True)
@@ -707,7 +867,12 @@ def _meet_getitem(
     table, item = args[0], args[1]
     if isinstance(item, tuple) and len(item) == 1:
         item = item[0]
-    if not isinstance(item, torch.Tensor) or item.dtype == torch.bool or rowed != [item] or not _only(shared, table):
+    if (
+        not isinstance(item, torch.Tensor)
+        or item.dtype == torch.bool
+        or rowed != [item]
+        or not _only(shared, table)
+    ):
         raise Unknown
     if bool((item < 0).any()):
         raise Unknown
@@ -718,18 +883,27 @@ def _meet_norm(
     self: Recorder, entry: Function, func: Any, args: Any, kwargs: Any, rowed: Any, shared: Any
 ) -> Any:
     rms = entry.name == "rms_norm"
-    names = ("input", "normalized_shape", "weight", "eps") if rms else (
-        "input", "normalized_shape", "weight", "bias", "eps"
+    names = (
+        ("input", "normalized_shape", "weight", "eps")
+        if rms
+        else ("input", "normalized_shape", "weight", "bias", "eps")
     )
     values = dict(zip(names, _named(args, kwargs, *names), strict=True))
-    x, shape, weight, bias = values["input"], values["normalized_shape"], values["weight"], values.get("bias")
+    x, shape, weight, bias = (
+        values["input"],
+        values["normalized_shape"],
+        values["weight"],
+        values.get("bias"),
+    )
     if rowed != [x] or not _only(shared, weight, bias):
         raise Unknown
     eps = values["eps"] if values["eps"] is not None else (None if rms else 1e-5)
     layout, rows = self.layout_of(x), self.rows
     if layout.dim >= x.ndim - len(shape):
         raise Mixing_error(entry.name)
-    takes_weight, takes_bias = (v is not None and any(v is z for z in shared) for v in (weight, bias))
+    takes_weight, takes_bias = (
+        v is not None and any(v is z for z in shared) for v in (weight, bias)
+    )
     used = [self.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on]
     self.uses.append((entry.name, *used, layout_key(layout)))
     out = func(*args, **kwargs)
@@ -741,7 +915,9 @@ def _meet_norm(
         if takes_weight:
             x_ = book.upcast(saved[0])
             again = F.rms_norm(x_, shape, eps=eps) if rms else F.layer_norm(x_, shape, eps=eps)
-            book.add_dense(weight, _to_shape(again.mul_(grads), layout, rows, len(shape)), entry.name)
+            book.add_dense(
+                weight, _to_shape(again.mul_(grads), layout, rows, len(shape)), entry.name
+            )
 
     out = self.tap(out, enter, (x,) if takes_weight else (), _parents([x]), in_place=True)
     self.mark(out, layout)
@@ -773,7 +949,9 @@ def _meet_convolution(
     if each(stride, 1) != window or not _only(shared, weight, bias) or x.ndim != weight.ndim:
         raise Unknown
     rows = self.rows
-    takes_weight, takes_bias = (v is not None and any(v is z for z in shared) for v in (weight, bias))
+    takes_weight, takes_bias = (
+        v is not None and any(v is z for z in shared) for v in (weight, bias)
+    )
     used = [self.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on]
     self.uses.append((entry.name, *used))
     out = func(*args, **kwargs)
@@ -825,7 +1003,13 @@ def _swap(values: Any, wide: dict[int, torch.Tensor]) -> Any:
 
 
 def _run_with(
-    self: Recorder, entry: Function, func: Any, args: Any, kwargs: Any, rowed: Any, wide: dict[int, torch.Tensor]
+    self: Recorder,
+    entry: Function,
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    rowed: Any,
+    wide: dict[int, torch.Tensor],
 ) -> Any:
     args = tuple(_swap(a, wide) for a in args)
     kwargs = {k: _swap(v, wide) for k, v in kwargs.items()}
@@ -909,32 +1093,43 @@ def _row_by_row(
             f"not supported: its per-row gradients have no rule."
         )
     out = func(*args, **kwargs)
-    outs = (out,) if isinstance(out, torch.Tensor) else tuple(out)
+    outs = (out,) if isinstance(out, torch.Tensor) else tuple(o for o in out if o is not None)
     if not all(isinstance(o, torch.Tensor) for o in outs):
         raise UnsupportedModelError(
             f"{entry.name} of rows of the batch and {', '.join(map(self.owner.name_of, zs))} returns "
             f"{type(out).__name__}, wanted tensors."
         )
     found = self._layout(entry, func, args, kwargs, rowed, out)
-    founds = found if isinstance(found, list) else [found] * len(outs)
+    founds = found[: len(outs)] if isinstance(found, list) else [found] * len(outs)
     if any(not isinstance(f, Layout) for f in founds):
-        raise Mixing_error(entry.name) if any(isinstance(f, Mixed) for f in founds) else UnsupportedModelError(
-            f"{entry.name} of {', '.join(map(self.owner.name_of, zs))} gives {[tuple(o.shape) for o in outs]} for "
-            f"{rows} rows, and it is not known where its rows are. Use other functions there, or freeze "
-            f"the parameter."
+        raise (
+            Mixing_error(entry.name)
+            if any(isinstance(f, Mixed) for f in founds)
+            else UnsupportedModelError(
+                f"{entry.name} of {', '.join(map(self.owner.name_of, zs))} gives {[tuple(o.shape) for o in outs]} for "
+                f"{rows} rows, and it is not known where its rows are. Use other functions there, or freeze "
+                f"the parameter."
+            )
         )
-    self.uses.append((entry.name, "row by row", *map(self.owner.name_of, zs), *map(layout_key, founds)))
+    self.uses.append(
+        (entry.name, "row by row", *map(self.owner.name_of, zs), *map(layout_key, founds))
+    )
     smooth = [k for k, o in enumerate(outs) if o.requires_grad]
 
     def call(row_values: Any, z_values: Any) -> Any:
         values = [list(v) if isinstance(v, (list, tuple)) else v for v in flat]
-        for spot, value in (*zip(row_spots, row_values, strict=True), *zip(shared_spots, z_values, strict=True)):
+        for spot, value in (
+            *zip(row_spots, row_values, strict=True),
+            *zip(shared_spots, z_values, strict=True),
+        ):
             if spot[1] is None:
                 values[spot[0]] = value
             else:
                 values[spot[0]][spot[1]] = value
         result = func(*values[:count], **dict(zip(keys, values[count:], strict=True)))
-        results = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        results = (
+            (result,) if isinstance(result, torch.Tensor) else [r for r in result if r is not None]
+        )
         return tuple(results[k] for k in smooth)
 
     def enter(book: Book, *given: torch.Tensor) -> None:
@@ -954,7 +1149,9 @@ def _row_by_row(
                 each = []
                 for i in range(rows):
                     made = call([k[i] for k in kept], leaves)
-                    each.append(torch.autograd.grad(made, leaves, [g[i] for g in grads], allow_unused=True))
+                    each.append(
+                        torch.autograd.grad(made, leaves, [g[i] for g in grads], allow_unused=True)
+                    )
             samples = [
                 torch.stack([g if g is not None else torch.zeros_like(c) for g in column])
                 for column, c in zip(zip(*each, strict=True), constants, strict=True)
@@ -968,7 +1165,10 @@ def _row_by_row(
     tapped = tapped if isinstance(tapped, tuple) else (tapped,)
     for tensor, lay in zip(tapped, founds, strict=True):
         self.mark(tensor, lay)
-    return tapped[0] if isinstance(out, torch.Tensor) else type(out)(tapped) if type(out) in (list, tuple) else tapped
+    if isinstance(out, torch.Tensor):
+        return tapped[0]
+    rest = iter(tapped)
+    return type(out)([None if o is None else next(rest) for o in out])
 
 
 def _spots(values: list[Any]) -> Iterator[tuple[int, int | None]]:
@@ -997,7 +1197,9 @@ def _meet_einsum(
         raise Unknown
     terms, result = equation.split("->")
     x, z = rowed[0], shared[0]
-    letters = dict(zip(("x", "z") if operands[0] is x else ("z", "x"), terms.split(","), strict=True))
+    letters = dict(
+        zip(("x", "z") if operands[0] is x else ("z", "x"), terms.split(","), strict=True)
+    )
     layout = self.layout_of(x)
     if isinstance(layout, Picked):
         raise Unknown
@@ -1020,7 +1222,9 @@ def _meet_einsum(
 
     def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
         grads = grad.permute([result.index(c) for c in (*places, *free)]).flatten(len(places))
-        values = kept.permute([letters["x"].index(c) for c in (*places, *into)]).flatten(len(places))
+        values = kept.permute([letters["x"].index(c) for c in (*places, *into)]).flatten(
+            len(places)
+        )
         book.add_linear(z, _positions(grads, where, rows), values, where, turned, entry.name)
 
     out = self.tap(out, enter, (x,), _parents([x]), in_place=True)

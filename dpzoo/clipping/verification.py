@@ -24,6 +24,8 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.2, torc
 """Of the difference, relative to the norms of the rows' gradients in the parameter. What the check looks
 for, a use that is lost or given to another row, changes the sum by a good part of itself."""
 
+AUTOCAST = 0.2
+
 
 def verify(
     losses: torch.Tensor,
@@ -50,10 +52,15 @@ def verify(
     if finite is not None and not bool(finite.all()):
         return  # a row without a finite gradient: nothing can be compared; the next batch is checked
     generator = torch.Generator().manual_seed(int.from_bytes(b"rows", "big"))
-    weights = (torch.rand(len(losses), generator=generator, dtype=torch.float64) + 0.5).to(losses.device)
-    weights = weights * torch.tensor([1.0, -1.0], dtype=torch.float64, device=losses.device).repeat(
-        len(losses) // 2 + 1
-    )[: len(losses)]
+    weights = (torch.rand(len(losses), generator=generator, dtype=torch.float64) + 0.5).to(
+        losses.device
+    )
+    weights = (
+        weights
+        * torch.tensor([1.0, -1.0], dtype=torch.float64, device=losses.device).repeat(
+            len(losses) // 2 + 1
+        )[: len(losses)]
+    )
     whole = sum((value.detach().double().sum() for value in squared.values()), torch.zeros(()))
     faults: list[str] = []
 
@@ -61,7 +68,17 @@ def verify(
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            _compare(parameter, grad, book, squared, weights, float(whole), faults, name_of)
+            _compare(
+                parameter,
+                grad,
+                book,
+                squared,
+                weights,
+                float(whole),
+                faults,
+                name_of,
+                recorder.autocast,
+            )
 
     before = [p.grad for p in parameters]
     handles = [p.register_post_accumulate_grad_hook(compare) for p in parameters]
@@ -94,14 +111,19 @@ def _compare(
     whole: float,
     faults: list[str],
     name_of: Callable[[torch.Tensor], str],
+    rough: bool,
 ) -> None:
     size = float(grad.double().norm())
-    tolerance = TOLERANCE.get(grad.dtype, 5e-3)
+    tolerance = AUTOCAST if rough else TOLERANCE.get(grad.dtype, AUTOCAST)
     if parameter not in squared:
         if size > tolerance * whole**0.5:
-            faults.append(f"{name_of(parameter)} has a gradient of norm {size:.3g} and no recorded use")
+            faults.append(
+                f"{name_of(parameter)} has a gradient of norm {size:.3g} and no recorded use"
+            )
         return
-    got = book.close(parameter, weights.to(torch.promote_types(grad.dtype, torch.float32)), forget=False)
+    got = book.close(
+        parameter, weights.to(torch.promote_types(grad.dtype, torch.float32)), forget=False
+    )
     off = float((got.double() - grad.double()).norm())
     # Rows' gradients may cancel in the sum; rounding goes by their norms.
     scale = float((squared[parameter].double().sum()).sqrt())

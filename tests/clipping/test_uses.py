@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dpzoo
-from dpzoo.clipping.module import BookKeepingHooks, BookKeepingModule
+from dpzoo.clipping.module import BookKeepingHooks
 
 Batch = dict[str, torch.Tensor]
 
@@ -111,7 +111,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
         lambda m, x: torch.addmm(m.b, x.view(-1, DIM), m.w, alpha=2).view(len(x), SEQ, 6),
         {"b": (6,), "w": (DIM, 6)},
     ),
-    "a slice of a weight": (lambda m, x: F.linear(x, m.w[:3]) + F.linear(x, m.w[3:]), {"w": (6, DIM)}),
+    "a slice of a weight": (
+        lambda m, x: F.linear(x, m.w[:3]) + F.linear(x, m.w[3:]),
+        {"w": (6, DIM)},
+    ),
     "overlapping slices": (
         lambda m, x: F.linear(x, m.w[:4]) + F.linear(x, m.w[2:]),
         {"w": (6, DIM)},
@@ -170,16 +173,28 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
         {"w": (1, 3, DIM)},
     ),
     "prelu": (lambda m, x: F.prelu(x.transpose(1, 2), m.w), {"w": (DIM,)}),
-    "convolution": (lambda m, x: F.conv1d(x.transpose(1, 2), m.w, m.b, padding=1), {"w": (6, DIM, 3), "b": (6,)}),
+    "convolution": (
+        lambda m, x: F.conv1d(x.transpose(1, 2), m.w, m.b, padding=1),
+        {"w": (6, DIM, 3), "b": (6,)},
+    ),
     "patches": (
         lambda m, x: F.conv2d(x[:, :4].unsqueeze(1), m.w, m.b, stride=2),
         {"w": (6, 1, 2, 2), "b": (6,)},
     ),
-    "transposed convolution": (lambda m, x: F.conv_transpose1d(x.transpose(1, 2), m.w), {"w": (DIM, 6, 3)}),
-    "group norm": (lambda m, x: F.group_norm(x.transpose(1, 2), 2, m.w, m.b), {"w": (DIM,), "b": (DIM,)}),
+    "transposed convolution": (
+        lambda m, x: F.conv_transpose1d(x.transpose(1, 2), m.w),
+        {"w": (DIM, 6, 3)},
+    ),
+    "group norm": (
+        lambda m, x: F.group_norm(x.transpose(1, 2), 2, m.w, m.b),
+        {"w": (DIM,), "b": (DIM,)},
+    ),
     "bilinear": (lambda m, x: F.bilinear(x, x, m.w), {"w": (6, DIM, DIM)}),
     "einsum, linear": (lambda m, x: torch.einsum("bti,ihd->bthd", x, m.w), {"w": (DIM, 2, 3)}),
-    "einsum, per position": (lambda m, x: torch.einsum("bti,tio->bto", x, m.w), {"w": (SEQ, DIM, 3)}),
+    "einsum, per position": (
+        lambda m, x: torch.einsum("bti,tio->bto", x, m.w),
+        {"w": (SEQ, DIM, 3)},
+    ),
     "einsum, rows second": (
         lambda m, x: torch.einsum("tbi,oi->tbo", x.transpose(0, 1), m.w).transpose(0, 1),
         {"w": (6, DIM)},
@@ -193,11 +208,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
         {"w": (6, DIM), "b": (6,)},
     ),
     "positions folded with rows": (
-        lambda m, x: F.linear(x.transpose(0, 1).reshape(-1, DIM), m.w).view(SEQ, len(x), 6).transpose(0, 1),
+        lambda m, x: (
+            F.linear(x.transpose(0, 1).reshape(-1, DIM), m.w).view(SEQ, len(x), 6).transpose(0, 1)
+        ),
         {"w": (6, DIM)},
     ),
     "heads folded with rows": (
-        lambda m, x: (x.view(len(x), SEQ, 2, 2).transpose(1, 2).reshape(-1, SEQ, 2) @ m.w).view(len(x), -1),
+        lambda m, x: (x.view(len(x), SEQ, 2, 2).transpose(1, 2).reshape(-1, SEQ, 2) @ m.w).view(
+            len(x), -1
+        ),
         {"w": (2, 3)},
     ),
     "rows twice": (
@@ -211,7 +230,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
     "tokens picked by a mask": (lambda m, x: _picked(m, x), {"w": (DIM, DIM), "b": (DIM,)}),
     "lstm": (
         lambda m, x: torch.lstm(
-            x, [x.new_zeros(1, len(x), 3)] * 2, [m.i, m.h, m.bi, m.bh], True, 1, 0.0, False, False, True
+            x,
+            [x.new_zeros(1, len(x), 3)] * 2,
+            [m.i, m.h, m.bi, m.bh],
+            True,
+            1,
+            0.0,
+            False,
+            False,
+            True,
         )[0],
         {"i": (12, DIM), "h": (12, 3), "bi": (12,), "bh": (12,)},
     ),
@@ -241,7 +268,9 @@ def _picked(m: Any, x: torch.Tensor) -> torch.Tensor:
 def test_functions(name: str) -> None:
     function, shapes = FUNCTIONS[name]
     torch.manual_seed(1)
-    assert_exact(Made(function, **shapes), {"x": floats(ROWS, SEQ, DIM)}, 1e-6 if "plus" in name else 1e-10)
+    assert_exact(
+        Made(function, **shapes), {"x": floats(ROWS, SEQ, DIM)}, 1e-6 if "plus" in name else 1e-10
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -250,4 +279,423 @@ def test_as_many_rows_as_positions_and_features(name: str) -> None:
     function, shapes = FUNCTIONS[name]
     torch.manual_seed(1)
     for rows in (1, DIM, SEQ, 2, 6):
-        assert_exact(Made(function, **shapes), {"x": floats(rows, SEQ, DIM)}, 1e-6 if "plus" in name else 1e-10)
+        assert_exact(
+            Made(function, **shapes),
+            {"x": floats(rows, SEQ, DIM)},
+            1e-6 if "plus" in name else 1e-10,
+        )
+
+
+# --- whole layers -----------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A layer between two linear ones."""
+
+    def __init__(self, layer: nn.Module, call: Any = None, into: int = DIM, out: int = DIM) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = nn.Linear(DIM, into), layer, nn.Linear(out, 3)
+        self.call = call or (lambda layer, x: layer(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.call(self.layer, self.before(x)))
+
+
+def channels(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """(rows, seq, channels) through a layer of (rows, channels, seq)."""
+    return layer(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Scaled(nn.Module):
+    """A layer of one's own: a parameter, a flag, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.twice = nn.Parameter(torch.ones(DIM)), True
+        self.register_buffer("offset", torch.arange(DIM, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+        out = (x * self.scale + self.offset).tanh() ** power
+        return out * 2 if self.twice else out
+
+
+class InPlace(nn.Module):
+    """In-place operations on a layer's output and on views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.bias = nn.Linear(DIM, 2 * DIM), nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.one(x)
+        out += 1
+        left, right = out[..., :DIM], out[..., DIM:]
+        left *= 2
+        right += self.bias
+        out[:, 0] = 0
+        return out[..., :DIM] + out[..., DIM:]
+
+
+class Lists(nn.Module):
+    """Parameters in a list and in a dictionary, one used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.list = nn.ParameterList([nn.Parameter(floats(DIM, DIM)) for _ in range(3)])
+        self.dict = nn.ParameterDict({"a": nn.Parameter(floats(DIM))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in (*self.list, self.list[0]):
+            x = torch.tanh(x @ weight) + self.dict["a"]
+        return x
+
+
+class Function(torch.autograd.Function):
+    """A function of one's own, of rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * ctx.saved_tensors[0].cos()
+
+
+def packed(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x)[0]
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: Around(nn.LSTM(DIM, 3, batch_first=True), packed, out=3),
+    "LSTM, two layers, both ways, rows second": lambda: Around(
+        nn.LSTM(DIM, 3, num_layers=2, bidirectional=True),
+        lambda m, x: m(x.transpose(0, 1))[0].transpose(0, 1),
+        out=6,
+    ),
+    "GRU": lambda: Around(nn.GRU(DIM, 3, batch_first=True), packed, out=3),
+    "RNN": lambda: Around(nn.RNN(DIM, 3, batch_first=True), packed, out=3),
+    "MultiheadAttention": lambda: Around(
+        nn.MultiheadAttention(DIM, 2, batch_first=True), lambda m, x: m(x, x, x)[0]
+    ),
+    "MultiheadAttention, rows second": lambda: Around(
+        nn.MultiheadAttention(DIM, 2),
+        lambda m, x: m(*[x.transpose(0, 1)] * 3, need_weights=False)[0].transpose(0, 1),
+    ),
+    "MultiheadAttention, other keys": lambda: Around(
+        nn.MultiheadAttention(DIM, 2, kdim=3, vdim=2, add_bias_kv=True, batch_first=True),
+        lambda m, x: m(x, x[..., :3], x[..., :2])[0],
+    ),
+    "TransformerEncoderLayer": lambda: Around(
+        nn.TransformerEncoderLayer(DIM, 2, 6, dropout=0.0, batch_first=True)
+    ),
+    "TransformerDecoderLayer": lambda: Around(
+        nn.TransformerDecoderLayer(DIM, 2, 6, dropout=0.0, batch_first=True),
+        lambda m, x: m(x, x * 2),
+    ),
+    **{
+        f"Conv1d, {mode}": (
+            lambda mode=mode: Around(
+                nn.Conv1d(DIM, 6, 3, padding=1, padding_mode=mode), channels, out=6
+            )
+        )
+        for mode in ("zeros", "circular", "reflect", "replicate")
+    },
+    "Conv1d, groups, dilation": lambda: Around(
+        nn.Conv1d(DIM, 6, 2, groups=2, dilation=2), channels, out=6
+    ),
+    "Conv2d": lambda: Around(
+        nn.Conv2d(1, 2, 3, padding="same"), lambda m, x: m(x.unsqueeze(1)).sum(1)
+    ),
+    "ConvTranspose1d": lambda: Around(nn.ConvTranspose1d(DIM, 6, 3), channels, out=6),
+    "GroupNorm": lambda: Around(nn.GroupNorm(2, DIM), channels),
+    "InstanceNorm": lambda: Around(nn.InstanceNorm1d(DIM, affine=True), channels),
+    "RMSNorm": lambda: Around(nn.RMSNorm(DIM)),
+    "PReLU": lambda: Around(nn.PReLU(SEQ)),
+    "Bilinear": lambda: Around(nn.Bilinear(DIM, DIM, 3), lambda m, x: m(x, x * 2), out=3),
+    "a layer of one's own": lambda: Around(Scaled(), lambda m, x: m(x, power=2.0)),
+    "in place": lambda: Around(InPlace()),
+    "lists": lambda: Around(Lists()),
+    "a layer called twice": lambda: Around(nn.Linear(DIM, DIM), lambda m, x: m(m(x).tanh())),
+    "BatchNorm in eval mode": lambda: Around(nn.BatchNorm1d(DIM).eval(), channels),
+    "weight norm": lambda: Around(nn.utils.parametrizations.weight_norm(nn.Linear(DIM, DIM))),
+    "orthogonal": lambda: Around(
+        nn.utils.parametrizations.orthogonal(nn.Linear(DIM, DIM), use_trivialization=False)
+    ),
+    "a function of one's own": lambda: Around(
+        nn.Linear(DIM, DIM), lambda m, x: Function.apply(m(x))
+    ),
+    "checkpointed": lambda: Around(
+        nn.Sequential(nn.Linear(DIM, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, DIM)),
+        lambda m, x: checkpoint(m, x, use_reentrant=False),
+    ),
+    "checkpointed, rows second": lambda: Around(
+        nn.Sequential(nn.Linear(DIM, 6), Scaled6(), nn.Linear(6, DIM)),
+        lambda m, x: checkpoint(m, x.transpose(0, 1), use_reentrant=False).transpose(0, 1),
+    ),
+    "functional_call": lambda: Around(
+        nn.Linear(DIM, DIM),
+        lambda m, x: torch.func.functional_call(
+            m, {k: v * 2 for k, v in m.named_parameters()}, (x,)
+        ),
+    ),
+}
+
+
+class Scaled6(nn.Module):
+    """A scale of six features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str) -> None:
+    for rows in (ROWS, SEQ, DIM):
+        torch.manual_seed(1)
+        assert_exact(LAYERS[name]().double(), {"x": floats(rows, SEQ, DIM)})
+
+
+@pytest.mark.parametrize("name", ["DPLSTM", "DPGRU", "DPMultiheadAttention"])
+def test_opacus_layers(name: str) -> None:
+    from opacus import layers
+
+    made = {
+        "DPLSTM": lambda: Around(layers.DPLSTM(DIM, 3, batch_first=True), packed, out=3),
+        "DPGRU": lambda: Around(layers.DPGRU(DIM, 3, batch_first=True), packed, out=3),
+        "DPMultiheadAttention": lambda: Around(
+            layers.DPMultiheadAttention(DIM, 2, dropout=0.0),
+            lambda m, x: m(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1),
+        ),
+    }[name]()
+    torch.manual_seed(1)
+    assert_exact(made.double(), {"x": floats(ROWS, SEQ, DIM)})
+
+
+def test_user_hooks_and_instance_forwards() -> None:
+    """What changes a layer's output changes the gradients, and the recorded ones with it."""
+    model = Around(nn.Linear(DIM, DIM)).double()
+    model.layer.register_forward_hook(lambda module, args, out: out * 3)
+    model.before.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.after.forward = lambda x: F.linear(x, model.after.weight).cos()  # type: ignore[method-assign]
+    model.layer.register_full_backward_hook(lambda module, grads, outs: (grads[0] * 0.5,))
+    torch.manual_seed(1)
+    assert_exact(model, {"x": floats(ROWS, SEQ, DIM)})
+
+
+class Bag(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(9, DIM, mode=mode), nn.Linear(DIM, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.bag(x))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_embedding_bags(mode: str) -> None:
+    """Repeated words too, which Opacus' sampler counts once."""
+    torch.manual_seed(1)
+    assert_exact(
+        Bag(mode).double(), {"x": torch.tensor([[1, 1, 2], [3, 4, 3], [0, 8, 8], [5, 5, 5]])}
+    )
+
+
+class Lookups(nn.Module):
+    """A table with a padding row, looked up in two ways and tied to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(7, DIM, padding_idx=0), nn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(x) + self.table.weight[x] * 0.5
+        return F.linear(self.mix(hidden).tanh(), self.table.weight)
+
+
+def test_look_ups_and_ties() -> None:
+    torch.manual_seed(1)
+    ids = torch.tensor([[1, 2, 0], [3, 3, 3], [6, 0, 0], [5, 4, 1]])
+    assert_exact(Lookups().double(), {"x": ids})
+
+
+# --- refused, by name ---------------------------------------------------------------------------------
+
+
+class MeanTaken(nn.Module):
+    """Rows meet below a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(DIM, DIM), nn.Linear(DIM, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.one(x)
+        return self.two(hidden - hidden.mean(0))
+
+
+class Frozen(nn.Module):
+    """Rows meet where no parameter follows."""
+
+    def __init__(self, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.one, self.how = nn.Linear(DIM, DIM), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.how(self.one(x))
+
+
+class Whole(torch.autograd.Function):
+    """A linear layer in a function that torch does not show."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return grad @ w.t(), torch.einsum("...i,...o->io", x, grad)
+
+
+class Hidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.w = nn.Linear(DIM, DIM), nn.Parameter(floats(DIM, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Whole.apply(self.one(x), self.w)
+
+
+def _mixed_up(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(0)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a mean below a layer": (MeanTaken, "combined by|not those of the rows|combines rows"),
+    "a mean at the end": (lambda: Frozen(lambda x: x - x.mean(0)), "not those of the rows"),
+    "rows turned round": (lambda: Frozen(_mixed_up), "not those of the rows"),
+    "similarities of rows": (
+        lambda: Frozen(lambda x: x.flatten(1) @ x.flatten(1).t()),
+        "not those of the rows",
+    ),
+    "BatchNorm in training mode": (lambda: Around(nn.BatchNorm1d(DIM), channels), "batch_norm"),
+    "BatchNorm without parameters": (
+        lambda: Around(nn.BatchNorm1d(DIM, affine=False), channels),
+        "combined by batch_norm|not those of the rows|combines rows",
+    ),
+    "a parameter in a function that torch does not show": (Hidden, "that torch does not show"),
+}
+
+
+@pytest.mark.parametrize("rows", [ROWS, DIM, SEQ])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, rows: int) -> None:
+    make, says = REFUSED[name]
+    model = make().double().train()
+    torch.manual_seed(1)
+    for p in model.parameters():
+        with torch.no_grad():
+            p.copy_(torch.randn_like(p))
+    watched = BookKeepingHooks(model)
+    with pytest.raises(dpzoo.DpzooError, match=says):
+        watched.backward(loss_of(model(x=floats(rows, SEQ, DIM))), OneRow(0))  # type: ignore[arg-type]
+    assert all(p.summed_grad is None for p in model.parameters())  # type: ignore[attr-defined]
+
+
+def test_a_parameter_used_by_the_criterion_is_refused() -> None:
+    model = Around(nn.Linear(DIM, DIM)).double()
+    watched = BookKeepingHooks(model)
+    losses = loss_of(model(floats(ROWS, SEQ, DIM))) + model.after.weight.square().sum()
+    with pytest.raises(
+        dpzoo.InputError, match=r"use after\.weight outside the model's private forward"
+    ):
+        watched.backward(losses, OneRow(0))  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_model_called_by_itself_is_refused() -> None:
+    model = Around(nn.Linear(DIM, DIM)).double()
+    watched = BookKeepingHooks(model)
+    with pytest.raises(dpzoo.InputError, match="call the model itself, not a part of it"):
+        watched.backward(loss_of(model.before(floats(ROWS, SEQ, DIM))), OneRow(0))  # type: ignore[arg-type]
+    losses = loss_of(model.after(model(floats(ROWS, SEQ, DIM)) @ floats(3, DIM)))
+    with pytest.raises(
+        dpzoo.InputError, match=r"use after\.\w+ outside the model's private forward"
+    ):
+        watched.backward(losses, OneRow(0))  # type: ignore[arg-type]
+
+
+def test_losses_of_fewer_rows_than_the_batch_are_refused() -> None:
+    model = Around(nn.Linear(DIM, DIM)).double()
+    watched = BookKeepingHooks(model)
+    with pytest.raises(dpzoo.InputError, match="losses have 15 rows and the batch had 3"):
+        watched.backward(model(floats(ROWS, SEQ, DIM)).sum(-1).flatten(), OneRow(0))  # type: ignore[arg-type]
+
+
+# --- precision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uses", ["once", "twice"])
+def test_autocast_loses_nothing(uses: str) -> None:
+    """Its cached casts hide uses from a count of the graph's edges; they are not counted."""
+    torch.manual_seed(1)
+    call = (lambda m, x: m(m(x))) if uses == "twice" else None
+    model, x = Around(nn.Linear(DIM, DIM), call), torch.randn(ROWS, SEQ, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = row_gradients(model, {"x": x})
+    watched = BookKeepingHooks(model)
+    for i, alone in enumerate(wanted):
+        for p in model.parameters():
+            p.summed_grad = None  # type: ignore[attr-defined]
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = loss_of(model(x))
+        watched.backward(losses, OneRow(i))  # type: ignore[arg-type]
+        for name, p in model.named_parameters():
+            # bfloat16 has 8 bits: rows alone are themselves within 2 % of float32
+            assert (p.summed_grad - alone[name]).norm() <= 0.05 * alone[name].norm()  # type: ignore[attr-defined]
+            assert p.summed_grad.dtype == torch.float32  # type: ignore[attr-defined]
+
+
+OPPOSED: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "positions": lambda m, x, near: m(torch.stack([x, near], 1)) * torch.tensor([[1.0], [-1.0]]),
+    "four positions": lambda m, x, near: (
+        m(torch.stack([x, near, x * 2, near * 2], 1)) * torch.tensor([[1.0], [-1.0], [0.5], [-0.5]])
+    ),
+    "uses": lambda m, x, near: m(x.unsqueeze(1)) - m(near.unsqueeze(1)),
+    "one position of many": lambda m, x, near: torch.cat(
+        [
+            m(torch.stack([x, near], 1)) * torch.tensor([[1.0], [-1.0]]),
+            m(x[:, None] * 1e-8).expand(-1, 30, -1),
+        ],
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPPOSED)
+def test_opposing_positions_do_not_hide_a_norm(name: str) -> None:
+    """In float32 a norm of positions that nearly cancel is mostly rounding; clipping goes by a bound."""
+
+    class Clipped:
+        def clip_factors(self, squared: Any, norms: torch.Tensor) -> Any:
+            return {None: (1.0 / (norms + 1e-6)).clamp(max=1)}
+
+    for seed in range(30):
+        torch.manual_seed(seed)
+        model = nn.Linear(64, 48, bias=False)
+        head = torch.randn(48)
+        around = Made(lambda m, x, near: OPPOSED[name](m.layer, x, near))
+        around.layer = model
+        watched = BookKeepingHooks(around)
+        x = torch.randn(1, 64) * 1e4
+        near = x + torch.randn(1, 64) * 10.0 ** -(seed % 6)
+        watched.backward((around(x=x, near=near) * head).sum((1, 2)), Clipped())  # type: ignore[arg-type]
+        size = float(model.weight.summed_grad.double().norm())  # type: ignore[operator,union-attr]
+        assert size <= 1 + 1e-6, (seed, size)
+        watched.cleanup()
