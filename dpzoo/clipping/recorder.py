@@ -349,6 +349,9 @@ class Recorder(TorchFunctionMode):
             if isinstance(table, torch.Tensor) and table.is_leaf:
                 padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
                 setattr(out, LOOKED_UP, (table, ids, padding))
+        elif entry.name == "getitem" and isinstance(args[1], torch.Tensor) and args[0].is_leaf:
+            if args[1].ndim == 1 and args[1].dtype == torch.int64 and bool((args[1] >= 0).all()):
+                setattr(out, LOOKED_UP, (args[0], args[1], None))
         elif entry.name in ("repeat", "tile") and isinstance(out, torch.Tensor):
             source = shared[0]
             more = out.ndim - source.ndim
@@ -470,7 +473,17 @@ class Recorder(TorchFunctionMode):
         same = z.stride(dim) == 0 or dim in getattr(z, SAME, ())
         one = z.narrow(dim, 0, 1) if same else z
 
+        looked_up = getattr(z, LOOKED_UP, None) if dim == 0 else None
+        if looked_up is not None and looked_up[1].shape != z.shape[:1]:
+            looked_up = None
+
         def enter(book: Book, grad: torch.Tensor) -> None:
+            if looked_up is not None:
+                table, ids, padding = looked_up
+                ids = rows_first(ids, own, rows).reshape(rows, -1)
+                grads = rows_first(grad, own, rows).reshape(rows, ids.shape[1], -1)
+                book.add_embedding(table, ids, grads, padding, entry.name)
+                return
             if same:
                 grads = per_row(grad, own, rows)
                 book.add_dense(one, grads.sum(dim + 1, keepdim=True), entry.name)
@@ -1249,7 +1262,37 @@ def _meet_recurrent(
     return _row_by_row(self, entry, func, args, kwargs, rowed, shared)
 
 
+def _meet_grouped(
+    self: Recorder, entry: Function, func: Any, args: Any, kwargs: Any, rowed: Any, shared: Any
+) -> Any:
+    """``grouped_mm`` of a mixture: tokens of one list, in the experts' order, each by its expert's weight."""
+    x, weight, offsets = _named(args, kwargs, "mat_a", "mat_b", "offs")
+    if rowed != [x] or not _only(shared, weight) or x.ndim != 2 or weight.ndim != 3 or offsets is None:
+        raise Unknown
+    layout, rows = self.layout_of(x), self.rows
+    if layout.dim:
+        raise Unknown
+    ids = layouts.row_ids(layout, len(x), rows, x.device)
+    ends = offsets.tolist()
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    experts = [weight[k] for k in range(len(parts))]
+    self.uses.append((entry.name, self.owner.name_of(weight), layout_key(layout)))
+    out = func(*args, **kwargs)
+
+    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
+        for expert, part in zip(experts, parts, strict=True):
+            if part.stop > part.start:
+                own = Picked(ids[part])
+                grads = _positions(grad[part], own, rows)
+                book.add_linear(expert, grads, kept[part], own, True, entry.name)
+
+    out = self.tap(out, enter, (x,), _parents([x]), in_place=True)
+    self.mark(out, layout)
+    return out
+
+
 MEETINGS: dict[str, Any] = {
+    "grouped_mm": _meet_grouped,
     "lstm": _meet_recurrent,
     "gru": _meet_recurrent,
     "rnn_tanh": _meet_recurrent,
