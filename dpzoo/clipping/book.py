@@ -225,7 +225,7 @@ class Book:
         order = _falling(z)
         sizes = tuple(z.shape[d] for d in order)
         strides = tuple(z.stride(d) for d in order)
-        offset = z.storage_offset() - base.storage_offset()
+        offset = int(z.storage_offset() - base.storage_offset())
         if z.numel() == base.numel():  # the whole of it, in another shape or turned
             return base, None
         return base, Region(offset, sizes, strides)
@@ -390,7 +390,9 @@ def _dtype(regions: dict[Region | None, Uses]) -> torch.dtype:
 
 def _falling(z: torch.Tensor) -> list[int]:
     """Dimensions of a tensor in the order of falling strides; those of one entry keep their place."""
-    order = sorted((d for d in range(z.ndim) if z.shape[d] > 1), key=lambda d: -z.stride(d))
+    order = sorted(
+        (d for d in range(z.ndim) if z.shape[d] > 1), key=lambda d: int(z.stride(d)), reverse=True
+    )
     return [order.pop(0) if z.shape[d] > 1 else d for d in range(z.ndim)]
 
 

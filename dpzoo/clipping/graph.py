@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from dpzoo.clipping.recorder import Tap
+from dpzoo.clipping.recorder import TAP
 from dpzoo.errors import InputError
-
-TAP: Any = getattr(Tap, "_backward_cls")  # noqa: B009  (not an attribute that torch declares)
 
 
 def refuse_unseen(

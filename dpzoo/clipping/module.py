@@ -94,11 +94,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             return name
         if tensor._base is not None and id(tensor._base) in self._names:
             return f"a view of {self._names[id(tensor._base)]}"
-        return (
-            "a parameter of no module"
-            if tensor.is_leaf
-            else f"the output of {tensor.grad_fn.name()}"
-        )
+        node = tensor.grad_fn
+        return "a parameter of no module" if node is None else f"the output of {node.name()}"
 
     def enter(self, enter: Enter, grads: tuple[torch.Tensor, ...], saved: Any) -> None:
         """Let a tap's backward record its use; for `dpzoo.clipping.recorder.Tap`."""
@@ -155,7 +152,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         if recorder is None:
             raise InputError(
                 "The losses do not come from a forward pass of the model in grad_sample_mode='bk', wanted "
-                "criterion(model(**batch)): call the model itself, not a part of it, with gradients enabled."
+                "criterion(model(**batch)): call the model itself, not a part of it, with gradients on."
             )
         if recorder.rows != rows:
             raise InputError(
@@ -195,7 +192,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             kept = finite
         for parameter in squared:
             weights = factors[parameter if parameter in factors else None]
-            total_grad = book.close(parameter, weights, kept, parameter.summed_grad)
+            total_grad = book.close(
+                parameter, weights, kept, getattr(parameter, "summed_grad", None)
+            )
             setattr(parameter, "summed_grad", total_grad)  # noqa: B010
 
     # --- reading, not private -------------------------------------------------------------------

@@ -1,0 +1,646 @@
+"""What is done where rows of the batch and shared tensors meet in a torch function.
+
+One function for each kind. It runs the torch function, has its output tapped (or its shared arguments,
+expanded to the rows), and says how the tap's gradient becomes per-row gradients. It raises `Unknown` for
+arguments that it has no way for; `row_by_row`, which knows every function, takes those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from dpzoo.clipping.book import Book
+from dpzoo.clipping.functions import Function, tensors_in
+from dpzoo.clipping.layout_rules import RULES, elementwise, index, product
+from dpzoo.clipping.layouts import (
+    FIRST,
+    AnyLayout,
+    Layout,
+    Mixed,
+    Picked,
+    Unknown,
+    layout_key,
+    row_ids,
+    rows_first,
+)
+from dpzoo.errors import InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from dpzoo.clipping.recorder import Recorder
+
+
+class Meeting(NamedTuple):
+    """A call of a torch function with rows and shared tensors."""
+
+    function: Function
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rowed: list[torch.Tensor]
+    shared: list[torch.Tensor]
+
+
+def _only(shared: list[torch.Tensor], *known: Any) -> bool:
+    return all(any(z is k for k in known) for z in shared)
+
+
+def _parents(rowed: list[torch.Tensor]) -> tuple[Any, ...]:
+    return tuple(x.grad_fn for x in rowed if x.grad_fn is not None)
+
+
+def _named(call: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    return [call[k] if k < len(call) else kwargs.get(name) for k, name in enumerate(names)]
+
+
+def _positions(x: torch.Tensor, layout: AnyLayout, rows: int) -> torch.Tensor:
+    """(rows, positions, features); the features are the last dimension."""
+    first = rows_first(x, layout, rows)
+    return first.reshape(rows, first[0, ..., 0].numel(), first.shape[-1])
+
+
+def _meet_linear(recorder: Recorder, met: Meeting) -> Any:
+    function, call, args, kwargs, rowed, shared = met
+    x, weight, bias = _named(args, kwargs, "input", "weight", "bias")
+    if len(rowed) != 1 or rowed[0] is not x or not _only(shared, weight, bias):
+        raise Unknown
+    return _linear(recorder, function, call(*args, **kwargs), x, weight, bias, shared)
+
+
+def _linear(
+    recorder: Recorder,
+    function: Function,
+    out: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    shared: Any,
+    *,
+    turned: bool = False,
+) -> Any:
+    """Tap ``out = x @ weight^T + bias``; ``turned``: the weight is (in, out), as matmul takes it."""
+    layout = recorder.layout_of(x)
+    if layout.dim == x.ndim - 1:
+        raise mixing_error(function.name)
+    rows = recorder.rows
+    takes_weight = any(weight is z for z in shared)
+    takes_bias = bias is not None and any(bias is z for z in shared)
+    names = [
+        recorder.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on
+    ]
+    recorder.uses.append((function.name, *names, layout_key(layout)))
+
+    def enter(book: Book, grad: torch.Tensor, *saved: torch.Tensor) -> None:
+        grads = _positions(grad, layout, rows)
+        if takes_bias:
+            book.add_dense(bias, _summed_to(grads, bias), function.name)
+        if takes_weight:
+            book.add_linear(weight, grads, saved[0], layout, turned, function.name)
+
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]), in_place=True)
+    recorder.mark(out, layout)
+    return out
+
+
+def _summed_to(grads: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(rows, positions, out) -> (rows, *bias.shape), for a bias of (out,), or (1,), or (1, out)."""
+    total = grads.float().sum(1) if grads.dtype in (torch.float16, torch.bfloat16) else grads.sum(1)
+    if bias.shape[-1] != total.shape[-1]:
+        total = total.sum(-1, keepdim=True)
+    return total.reshape(len(grads), *bias.shape)
+
+
+def mixing_error(name: str) -> InputError:
+    """The error for a function that combines rows."""
+    return InputError(
+        f"{name} combines rows of the batch, wanted each row by itself: what one row computes must not "
+        f"depend on another."
+    )
+
+
+def _meet_addmm(recorder: Recorder, met: Meeting) -> Any:
+    function, call, args, kwargs, rowed, shared = met
+    bias, x, weight = _named(args, kwargs, "input", "mat1", "mat2")
+    scaled = kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1
+    if (
+        function.in_place
+        or scaled
+        or len(args) > 3
+        or rowed != [x]
+        or not _only(shared, weight, bias)
+    ):
+        raise Unknown
+    if bias.ndim > 1 and bias.shape[0] != 1:
+        raise Unknown
+    return _linear(recorder, function, call(*args, **kwargs), x, weight, bias, shared, turned=True)
+
+
+def _meet_matmul(recorder: Recorder, met: Meeting) -> Any:
+    function, call, args, kwargs, rowed, shared = met
+    a, b = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
+    if function.name == "rmatmul":
+        raise Unknown
+    if len(rowed) != 1 or len(shared) != 1 or kwargs.get("out") is not None:
+        raise Unknown
+    x, z = rowed[0], shared[0]
+    layout = recorder.layout_of(x)
+    if x is a and z.ndim == 2 and layout.dim != x.ndim - 1 and x.ndim > 1:
+        return _linear(recorder, function, call(*args, **kwargs), x, z, None, shared, turned=True)
+    if x.ndim < 3 or z.ndim == 1 or layout.dim >= x.ndim - 2:
+        raise Unknown
+    if function.name in ("bmm", "mm") and z.shape[0] != x.shape[0]:
+        raise Unknown
+    wide_z = recorder.expanded(function, z, x, layout)
+    out = call(
+        *(wide_z if v is z else v for v in args),
+        **{k: wide_z if v is z else v for k, v in kwargs.items()},
+    )
+    recorder.mark_all(
+        out,
+        product(
+            recorder.rows, (a if a is x else wide_z, b if b is x else wide_z), {}, x, layout, out
+        ),
+    )
+    return out
+
+
+def _meet_embedding(recorder: Recorder, met: Meeting) -> Any:
+    function, call, args, kwargs, rowed, shared = met
+    ids, table, padding, max_norm, _, by_frequency, sparse = _named(
+        args,
+        kwargs,
+        "input",
+        "weight",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    )
+    if rowed != [ids] or not _only(shared, table):
+        raise Unknown
+    name = recorder.owner.name_of(table)
+    if max_norm is not None or by_frequency or sparse:
+        raise UnsupportedModelError(
+            f"{name} is looked up with max_norm, scale_grad_by_freq or sparse, which make a row's "
+            f"gradient depend on other rows or have no dense form. Wanted a plain look-up."
+        )
+    return _lookup(recorder, function, call(*args, **kwargs), ids, table, padding)
+
+
+def _lookup(
+    recorder: Recorder, function: Function, out: Any, ids: Any, table: Any, padding: Any
+) -> Any:
+    layout, rows = recorder.layout_of(ids), recorder.rows
+    recorder.uses.append((function.name, recorder.owner.name_of(table), layout_key(layout)))
+
+    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
+        spread = grad.reshape(*kept.shape, -1)
+        book.add_embedding(
+            table,
+            _positions(kept.unsqueeze(-1), layout, rows).squeeze(-1),
+            _positions(spread, layout, rows),
+            padding,
+            function.name,
+        )
+
+    out = recorder.tap(out, enter, (ids,), in_place=True)
+    recorder.mark(out, layout)
+    return out
+
+
+def _meet_getitem(recorder: Recorder, met: Meeting) -> Any:
+    function, call, args, kwargs, rowed, shared = met
+    table, item = args[0], args[1]
+    if isinstance(item, tuple) and len(item) == 1:
+        item = item[0]
+    if (
+        not isinstance(item, torch.Tensor)
+        or item.dtype == torch.bool
+        or rowed != [item]
+        or not _only(shared, table)
+    ):
+        raise Unknown
+    if bool((item < 0).any()):
+        raise Unknown
+    return _lookup(recorder, function, call(*args, **kwargs), item, table, None)
+
+
+def _meet_norm(recorder: Recorder, met: Meeting) -> Any:
+    function, call, args, kwargs, rowed, shared = met
+    rms = function.name == "rms_norm"
+    names = (
+        ("input", "normalized_shape", "weight", "eps")
+        if rms
+        else ("input", "normalized_shape", "weight", "bias", "eps")
+    )
+    values = dict(zip(names, _named(args, kwargs, *names), strict=True))
+    x, shape = values["input"], values["normalized_shape"]
+    weight: Any = values["weight"]
+    bias: Any = values.get("bias")
+    if rowed != [x] or not _only(shared, weight, bias):
+        raise Unknown
+    eps: Any = values["eps"] if values["eps"] is not None else (None if rms else 1e-5)
+    layout, rows = recorder.layout_of(x), recorder.rows
+    if layout.dim >= x.ndim - len(shape):
+        raise mixing_error(function.name)
+    takes_weight, takes_bias = (
+        v is not None and any(v is z for z in shared) for v in (weight, bias)
+    )
+    used = [
+        recorder.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on
+    ]
+    recorder.uses.append((function.name, *used, layout_key(layout)))
+    out = call(*args, **kwargs)
+
+    def enter(book: Book, grad: torch.Tensor, *saved: torch.Tensor) -> None:
+        grads = book.upcast(grad)
+        if takes_bias:
+            book.add_dense(bias, _to_shape(grads, layout, rows, len(shape)), function.name)
+        if takes_weight:
+            x_ = book.upcast(saved[0])
+            again = F.rms_norm(x_, shape, eps=eps) if rms else F.layer_norm(x_, shape, eps=eps)
+            book.add_dense(
+                weight, _to_shape(again.mul_(grads), layout, rows, len(shape)), function.name
+            )
+
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]), in_place=True)
+    recorder.mark(out, layout)
+    return out
+
+
+def _to_shape(grads: torch.Tensor, layout: AnyLayout, rows: int, trailing: int) -> torch.Tensor:
+    """(rows, *shape): all but the ``trailing`` last dimensions summed."""
+    first = rows_first(grads, layout, rows)
+    dims = tuple(range(1, first.ndim - trailing))
+    return first.sum(dims) if dims else first
+
+
+def _meet_convolution(recorder: Recorder, met: Meeting) -> Any:
+    """A convolution of patches that do not overlap is a linear layer; other ones go row by row."""
+    function, call, args, kwargs, rowed, shared = met
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    x, weight, bias, stride, padding, dilation, groups = _named(args, kwargs, *names)
+    window = tuple(weight.shape[2:])
+
+    def each(value: Any, default: int) -> tuple[Any, ...]:
+        value = default if value is None else value
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(window)
+
+    plain = each(padding, 0) == (0,) * len(window) and each(dilation, 1) == (1,) * len(window)
+    if rowed != [x] or recorder.layout_of(x) != FIRST or (groups or 1) != 1 or not plain:
+        raise Unknown
+    if each(stride, 1) != window or not _only(shared, weight, bias) or x.ndim != weight.ndim:
+        raise Unknown
+    rows = recorder.rows
+    takes_weight, takes_bias = (
+        v is not None and any(v is z for z in shared) for v in (weight, bias)
+    )
+    used = [
+        recorder.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on
+    ]
+    recorder.uses.append((function.name, *used))
+    out = call(*args, **kwargs)
+
+    def enter(book: Book, grad: torch.Tensor, *saved: torch.Tensor) -> None:
+        grads = grad.flatten(2).transpose(1, 2)
+        if takes_bias:
+            book.add_dense(bias, _summed_to(grads, bias), function.name)
+        if takes_weight:
+            patches = saved[0]
+            for dim, size in enumerate(window):
+                patches = patches.unfold(2 + dim, size, size)
+            spots = grad.ndim - 2
+            patches = patches.permute(0, *range(2, 2 + spots), 1, *range(2 + spots, patches.ndim))
+            patches = patches.reshape(rows, grads.shape[1], -1)
+            book.add_linear(weight, grads, patches, FIRST, False, function.name)
+
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]), in_place=True)
+    recorder.mark(out, FIRST)
+    return out
+
+
+# --- meetings by expansion ------------------------------------------------------------------------------
+
+
+def _meet_aligned(recorder: Recorder, met: Meeting) -> Any:
+    """Functions whose arguments align from the right: shared ones are expanded to the rows."""
+    function, args, rowed, shared = met.function, met.args, met.rowed, met.shared
+    if function.in_place and any(args[0] is z for z in shared):
+        raise UnsupportedModelError(
+            f"{function.name} changes a tensor that comes from parameters alone "
+            f"({recorder.owner.name_of(args[0])}) in place, with values of the rows. Wanted the function "
+            f"that makes a new tensor."
+        )
+    x = max(rowed, key=lambda t: t.ndim)
+    layout = recorder.layout_of(x)
+    wide = {id(z): recorder.expanded(function, z, x, layout) for z in shared}
+    return run_with(recorder, met, wide)
+
+
+def _swap(values: Any, wide: dict[int, torch.Tensor]) -> Any:
+    if isinstance(values, torch.Tensor):
+        return wide.get(id(values), values)
+    if isinstance(values, (list, tuple)):
+        swapped = [_swap(v, wide) for v in values]
+        return type(values)(swapped) if type(values) in (list, tuple) else swapped
+    return values
+
+
+def run_with(recorder: Recorder, met: Meeting, wide: dict[int, torch.Tensor]) -> Any:
+    """Run a function with other tensors for some of its arguments, and mark its output."""
+    args = tuple(_swap(a, wide) for a in met.args)
+    kwargs = {k: _swap(v, wide) for k, v in met.kwargs.items()}
+    out = met.call(*args, **kwargs)
+    recorder.propagate(met.function, met.call, args, kwargs, met.rowed, out)
+    return out
+
+
+def _meet_joined(recorder: Recorder, met: Meeting) -> Any:
+    """``cat`` and ``stack``."""
+    function, _, args, kwargs, rowed, shared = met
+    x = rowed[0]
+    layout = recorder.layout_of(x)
+    default = args[1] if len(args) > 1 else 0
+    dim = kwargs.get("dim", kwargs.get("axis", default))
+    if function.name != "stack" and dim % x.ndim == layout.dim:
+        raise mixing_error(function.name)
+    wide = {}
+    for z in shared:
+        if z.ndim != x.ndim:
+            raise Unknown
+        if recorder.rows == 1 or z.shape[layout.dim] == x.shape[layout.dim]:
+            wide[id(z)] = (
+                recorder.tap_own(function, z, layout.dim, layout, z.shape[layout.dim])
+                if recorder.rows > 1
+                else recorder.expanded(function, z, x, layout)
+            )
+        else:
+            raise Unknown
+    recorder.uses.append(
+        (function.name, *(recorder.owner.name_of(z) for z in shared), layout_key(layout))
+    )
+    return run_with(recorder, met, wide)
+
+
+def _meet_setitem(recorder: Recorder, met: Meeting) -> Any:
+    """``rows[item] = shared``."""
+    function, call, (target, item, value), _, _, shared = met
+    layout = recorder.layout_of(target)
+    if not any(z is value for z in shared) or layout is None:
+        raise Unknown
+    place = target[item]
+    found = index(recorder.rows, (target, item), {}, target, layout, place)
+    if isinstance(found, Mixed) or found is None:
+        raise Unknown
+    call(target, item, recorder.expanded(function, value, place, found))
+    return None
+
+
+# --- everything else: the function by itself, row by row ------------------------------------------------
+
+
+def row_by_row(recorder: Recorder, met: Meeting) -> Any:
+    """Tap a function's output; its per-row gradients are its own vector-Jacobian products, row by row."""
+    function, call, args, kwargs, rowed, shared = met
+    rows = recorder.rows
+    flat = [*args, *kwargs.values()]
+    keys, count = list(kwargs), len(args)
+    spots = list(_spots(flat))
+    row_spots = [s for s in spots if any(_at(flat, s) is x for x in rowed)]
+    shared_spots = [s for s in spots if any(_at(flat, s) is z for z in shared)]
+    zs = [_at(flat, s) for s in shared_spots]
+    lays = [recorder.layout_of(_at(flat, s)) for s in row_spots]
+    named = ", ".join(map(recorder.owner.name_of, zs))
+    if function.in_place:
+        raise UnsupportedModelError(
+            f"{function.name} in place, of rows of the batch and {named}, is not supported. Wanted the "
+            f"function that makes a new tensor."
+        )
+    if function.name in ("batch_norm", "native_batch_norm"):
+        training = kwargs.get("training", args[5] if len(args) > 5 else False)
+        if training:
+            raise mixing_error("batch_norm in training mode")
+    if any(isinstance(layout, Picked) for layout in lays):
+        raise UnsupportedModelError(
+            f"{function.name} of rows that were picked by index and {named} is not supported: its "
+            f"per-row gradients have no rule. Use linear layers there, or freeze the parameter."
+        )
+    out = call(*args, **kwargs)
+    outs = (out,) if isinstance(out, torch.Tensor) else tuple(o for o in out if o is not None)
+    if not all(isinstance(o, torch.Tensor) for o in outs):
+        raise UnsupportedModelError(
+            f"{function.name} of rows of the batch and {named} returns {type(out).__name__}, wanted "
+            f"tensors."
+        )
+    found = recorder.layout_of_output(function, call, args, kwargs, rowed, out)
+    founds = found[: len(outs)] if isinstance(found, list) else [found] * len(outs)
+    if any(isinstance(layout, Mixed) for layout in founds):
+        raise mixing_error(function.name)
+    if not all(isinstance(layout, Layout) for layout in founds):
+        raise UnsupportedModelError(
+            f"{function.name} of {named} gives {[tuple(o.shape) for o in outs]} for {rows} rows, and it "
+            f"is not known where its rows are. Use other functions there, or freeze the parameter."
+        )
+    recorder.uses.append(
+        (function.name, "row by row", *map(recorder.owner.name_of, zs), *map(layout_key, founds))
+    )
+    smooth = [k for k, o in enumerate(outs) if o.requires_grad]
+
+    def again(row_values: Any, z_values: Any) -> Any:
+        values = [list(v) if isinstance(v, (list, tuple)) else v for v in flat]
+        for spot, value in (
+            *zip(row_spots, row_values, strict=True),
+            *zip(shared_spots, z_values, strict=True),
+        ):
+            if spot[1] is None:
+                values[spot[0]] = value
+            else:
+                values[spot[0]][spot[1]] = value
+        result = call(*values[:count], **dict(zip(keys, values[count:], strict=True)))
+        results = (
+            (result,) if isinstance(result, torch.Tensor) else [r for r in result if r is not None]
+        )
+        return tuple(results[k] for k in smooth)
+
+    def enter(book: Book, *given: torch.Tensor) -> None:
+        grads = [rows_first(given[k], founds[k], rows) for k in smooth]
+        kept = [rows_first(x, lay, rows) for x, lay in zip(given[len(outs) :], lays, strict=True)]
+        constants = [z.detach() for z in zs]
+
+        def one(row_grads: Any, row_values: Any) -> Any:
+            pull: Any = torch.func.vjp(lambda *z: again(row_values, z), *constants)[1]
+            return pull(tuple(row_grads))
+
+        try:
+            samples = torch.func.vmap(one, randomness="error")(grads, kept)
+        except Exception:  # a function without a rule for vmap: one row after the other
+            with torch.enable_grad():
+                leaves = [z.requires_grad_() for z in (c.clone() for c in constants)]
+                each = []
+                for i in range(rows):
+                    made = again([k[i] for k in kept], leaves)
+                    each.append(
+                        torch.autograd.grad(made, leaves, [g[i] for g in grads], allow_unused=True)
+                    )
+            samples = [
+                torch.stack([g if g is not None else torch.zeros_like(c) for g in column])
+                for column, c in zip(zip(*each, strict=True), constants, strict=True)
+            ]
+        for z, sample in zip(zs, samples, strict=True):
+            book.add_dense(z, sample, function.name)
+
+    saved = tuple(_at(flat, s) for s in row_spots)
+    tapped = tuple(outs[k].clone() if k in smooth else outs[k] for k in range(len(outs)))
+    tapped = recorder.tap(tapped, enter, saved, _parents(rowed), in_place=True)
+    tapped = tapped if isinstance(tapped, tuple) else (tapped,)
+    for tensor, lay in zip(tapped, founds, strict=True):
+        recorder.mark(tensor, lay)
+    if isinstance(out, torch.Tensor):
+        return tapped[0]
+    rest = iter(tapped)
+    return type(out)([None if o is None else next(rest) for o in out])
+
+
+def _spots(values: list[Any]) -> Iterator[tuple[int, int | None]]:
+    for k, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            yield k, None
+        elif isinstance(value, (list, tuple)):
+            yield from ((k, j) for j, v in enumerate(value) if isinstance(v, torch.Tensor))
+
+
+def _at(values: list[Any], spot: tuple[int, int | None]) -> Any:
+    return values[spot[0]] if spot[1] is None else values[spot[0]][spot[1]]
+
+
+def _meet_einsum(recorder: Recorder, met: Meeting) -> Any:
+    """Two operands: a linear layer in other words, or a shared one that has the rows' letter."""
+    function, call, args, kwargs, rowed, shared = met
+    equation, operands = args[0], args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if len(operands) != 2 or len(shared) != 1 or len(rowed) != 1 or not isinstance(equation, str):
+        raise Unknown
+    equation = equation.replace(" ", "")
+    if "->" not in equation or "." in equation:
+        raise Unknown
+    terms, result = equation.split("->")
+    x, z = rowed[0], shared[0]
+    letters = dict(
+        zip(("x", "z") if operands[0] is x else ("z", "x"), terms.split(","), strict=True)
+    )
+    layout = recorder.layout_of(x)
+    if isinstance(layout, Picked):
+        raise Unknown
+    letter = letters["x"][layout.dim]
+    if letter in letters["z"]:
+        own = recorder.tap_own(function, z, letters["z"].index(letter), layout, x.shape[layout.dim])
+        return run_with(recorder, met, {id(z): own})
+    into = [c for c in letters["z"] if c in letters["x"]]
+    free = [c for c in letters["z"] if c not in letters["x"]]
+    places = [c for c in letters["x"] if c not in into]
+    if any(c in result for c in into) or any(c not in result for c in (*free, *places)):
+        raise Unknown
+    turned = letters["z"] == "".join(into + free)
+    if not turned and letters["z"] != "".join(free + into):
+        raise Unknown
+    rows = recorder.rows
+    where = layout._replace(dim=places.index(letter))
+    recorder.uses.append((function.name, recorder.owner.name_of(z), layout_key(where)))
+    out = call(*args, **kwargs)
+
+    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
+        grads = grad.permute([result.index(c) for c in (*places, *free)]).flatten(len(places))
+        values = kept.permute([letters["x"].index(c) for c in (*places, *into)]).flatten(
+            len(places)
+        )
+        book.add_linear(z, _positions(grads, where, rows), values, where, turned, function.name)
+
+    out = recorder.tap(out, enter, (x,), _parents([x]), in_place=True)
+    recorder.mark(out, layout._replace(dim=result.index(letter)))
+    return out
+
+
+def _meet_recurrent(recorder: Recorder, met: Meeting) -> Any:
+    """``lstm`` and its kin: the first states have rows in their second dimension."""
+    function, _, args, _, rowed, shared = met
+    if isinstance(args[1], torch.Tensor) and isinstance(args[2], torch.Tensor):
+        raise UnsupportedModelError(
+            f"{function.name} of packed sequences is not supported: rows of different lengths are in one "
+            f"list there. Wanted padded sequences, (rows, seq, features)."
+        )
+    states = [s for s in tensors_in([args[1]]) if recorder.layout_of(s) is None]
+    if not any(s is z for s in states for z in shared):
+        for state in states:
+            recorder.mark(state, Layout(1))
+        rowed = [*rowed, *states]
+    return row_by_row(recorder, met._replace(rowed=rowed))
+
+
+def _meet_grouped(recorder: Recorder, met: Meeting) -> Any:
+    """``grouped_mm`` of a mixture: one list of tokens, each by its own expert's weight."""
+    function, call, args, kwargs, rowed, shared = met
+    x, weight, offsets = _named(args, kwargs, "mat_a", "mat_b", "offs")
+    if (
+        rowed != [x]
+        or not _only(shared, weight)
+        or x.ndim != 2
+        or weight.ndim != 3
+        or offsets is None
+    ):
+        raise Unknown
+    layout, rows = recorder.layout_of(x), recorder.rows
+    if layout.dim:
+        raise Unknown
+    ids = row_ids(layout, len(x), rows, x.device)
+    ends = offsets.tolist()
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    experts = [weight[k] for k in range(len(parts))]
+    recorder.uses.append((function.name, recorder.owner.name_of(weight), layout_key(layout)))
+    out = call(*args, **kwargs)
+
+    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
+        for expert, part in zip(experts, parts, strict=True):
+            if part.stop > part.start:
+                own = Picked(ids[part])
+                grads = _positions(grad[part], own, rows)
+                book.add_linear(expert, grads, kept[part], own, True, function.name)
+
+    out = recorder.tap(out, enter, (x,), _parents([x]), in_place=True)
+    recorder.mark(out, layout)
+    return out
+
+
+MEETINGS: dict[str, Any] = {
+    "grouped_mm": _meet_grouped,
+    "lstm": _meet_recurrent,
+    "gru": _meet_recurrent,
+    "rnn_tanh": _meet_recurrent,
+    "rnn_relu": _meet_recurrent,
+    "einsum": _meet_einsum,
+    "linear": _meet_linear,
+    "addmm": _meet_addmm,
+    "matmul": _meet_matmul,
+    "mm": _meet_matmul,
+    "bmm": _meet_matmul,
+    "embedding": _meet_embedding,
+    "getitem": _meet_getitem,
+    "layer_norm": _meet_norm,
+    "rms_norm": _meet_norm,
+    "conv1d": _meet_convolution,
+    "conv2d": _meet_convolution,
+    "conv3d": _meet_convolution,
+    "cat": _meet_joined,
+    "concat": _meet_joined,
+    "stack": _meet_joined,
+    "setitem": _meet_setitem,
+    "scaled_dot_product_attention": _meet_aligned,
+    "baddbmm": _meet_aligned,
+}
+for _name, _rule in RULES.items():
+    if _rule is elementwise and _name != "prelu":
+        MEETINGS.setdefault(_name, _meet_aligned)
