@@ -342,15 +342,20 @@ def test_what_returned_before_a_kill_is_paid(path: Path) -> None:
     stub += f"p = types.ModuleType('dpzoo'); p.__path__ = [{root + '/dpzoo'!r}]; sys.modules['dpzoo'] = p\n"
     for _ in range(5):
         process = subprocess.Popen(
-            [sys.executable, "-c", stub + KILLED, str(path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", stub + KILLED, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
-        lines = [process.stdout.readline()]
+        assert process.stderr is not None
+        said = process.stdout.readline()
         time.sleep(chance.random() * 0.1)
         process.send_signal(signal.SIGKILL)
-        lines += process.stdout.read().splitlines()
+        said += process.stdout.read()
+        assert process.stderr.read() == ""
         process.wait()
-        for kind, step, *digest in (line.split() for line in lines):
+        for kind, step, *digest in map(str.split, said.split("\n")[:-1]):  # whole lines
             begun.add(step)
             if kind == "released":
                 released.add((step, *digest))
