@@ -100,7 +100,8 @@ class Ledger:
             run: the run's name.
             step: a step that was begun; last by this object, or else last in the file.
             digest: names the release: `NoiseSource.add`'s, in hexadecimal digits. Where a step has
-                several releases, one digest of all.
+                several releases, one digest of all. Where the noise is not keyed (a step done again
+                has other noise), a random one.
 
         Returns:
             True if it is new: it has to be paid. False if the step was done with this digest before, so
