@@ -177,6 +177,16 @@ def test_an_end_that_was_cut_off_is_dropped_and_named(
         assert path.read_bytes() == whole
 
 
+def test_a_long_end_that_was_cut_off_leaves_nothing_behind_a_short_entry(path: Path) -> None:
+    ledger = filled(path)
+    with open(path, "ab") as file:
+        file.write(b'["begin", "' + b"x" * 500)
+    begin(ledger, 4)
+    assert path.read_bytes().count(b"\n") == 8
+    assert b"x" not in path.read_bytes()
+    assert count(Ledger(path)) == 4
+
+
 def test_lines_that_are_missing_moved_doubled_or_foreign(path: Path, tmp_path: Path) -> None:
     filled(path, 4)
     other = tmp_path / "other"
