@@ -11,12 +11,16 @@ Every function returns a tensor of shape (batch,), float32 or wider. A row with 
 (all labels ignored) has loss 0 and gradient 0.
 """
 
+import functools
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
-from dpzoo.errors import InputError, UnsupportedConfigError
+from dpzoo.errors import InputError, UnsupportedConfigError, UnsupportedModelError
 
 IGNORE_INDEX = -100
 """A label with this value takes no part in the loss, as everywhere in transformers."""
@@ -193,60 +197,260 @@ def with_loss_per_sample(output: Output, losses: torch.Tensor | None) -> Output:
 class ModelLoss:
     """The criterion that takes a model's outputs: one line for every head and every Opacus mode.
 
-        criterion = dpzoo.ModelLoss()
-        model, optimizer, criterion, loader = PrivacyEngine().make_private(
-            ..., criterion=criterion, grad_sample_mode="ghost"
+        criterion = dpzoo.ModelLoss(model)
+        model, optimizer, criterion, loader = dpzoo.PrivacyEngine().make_private(
+            module=model, ..., criterion=criterion, grad_sample_mode="bk"
         )
-        loss = criterion(model(**batch))
+        loss = criterion(model(**inputs), labels)
         loss.backward()
 
-    Ghost mode needs the loss of every row, before any reduction; it asks a criterion for it by
-    setting ``reduction = "none"``. The models have computed it already, from the labels that they
-    were given. Without Opacus, and in its other modes, the criterion gives the reduced loss.
+    dpzoo's own models have computed the rows' losses already, from the labels that they were given:
+    for them ``ModelLoss()`` and ``criterion(model(**batch))`` are enough. A stock model's ``loss`` is a
+    mean over the batch's tokens, which no privacy engine can take apart, so the rows' losses are
+    computed here, from its logits and the labels.
+
+    Ghost mode and "bk" need the loss of every row, before any reduction; they ask a criterion for it
+    by setting ``reduction = "none"``. In the other modes the criterion gives the reduced loss.
 
     Args:
-        reduction: "mean" over the rows, "sum" over them, or "none" for (batch,) losses. It has to
+        model: what tells the head: a model (also wrapped by Opacus, PEFT or DDP), its class, or a task:
+            one of `ModelLoss.TASKS`. None for dpzoo's own models.
+        reduction: "mean" over the rows, "sum" over them, or "none" for (rows,) losses. It has to
             equal the ``loss_reduction`` that ``make_private`` is given.
 
     Raises:
-        InputError: an unknown reduction.
+        InputError: an unknown reduction or task.
+        UnsupportedModelError: a class whose head is not known.
 
     Guarantees:
-        With "none", entry i is a function of row i alone.
+        With "none", entry i is a function of row i's outputs and labels alone, in float32 or wider.
+        Auxiliary losses over the batch (a router's load balance) take no part.
     """
 
-    def __init__(self, reduction: str = "mean") -> None:
+    TASKS = (
+        "causal-lm",
+        "masked-lm",
+        "seq2seq-lm",
+        "token-classification",
+        "sequence-classification",
+        "image-classification",
+        "multiple-choice",
+        "question-answering",
+        "next-sentence-prediction",
+        "pre-training",
+        "double-heads",
+    )
+    """What ``model`` may be as a string: the registry's names, and two that only stock models have."""
+
+    def __init__(self, model: Any = None, *, reduction: str = "mean") -> None:
         self.reduction = reduction
         self._refuse_unknown()
+        self.config: Any = None
+        if isinstance(model, str) and model not in self.TASKS:
+            raise InputError(
+                f"ModelLoss got {model!r}, wanted a model or one of: {', '.join(self.TASKS)}. "
+                f"A reduction goes by name: ModelLoss(reduction='none')."
+            )
+        self.task: str | None = (
+            model if model is None or isinstance(model, str) else _task_of(model)
+        )
+        """The head; None: the outputs carry the rows' losses."""
+        if model is not None and not isinstance(model, str | type):
+            self.config = getattr(unwrapped(model), "config", None)
 
-    def __call__(self, outputs: Any) -> torch.Tensor:
-        """The loss of a model's outputs; of double heads, the sum of their two losses.
+    def __call__(self, outputs: Any, labels: Any = None, **inputs: Any) -> torch.Tensor:
+        """The loss of a model's outputs; of double heads and of pre-training, the sum of their two.
 
         Args:
-            outputs: what a dpzoo model returned for a batch with labels.
+            outputs: what the model returned.
+            labels: as the stock model takes them: (rows, seq) tokens, usually not shifted, or their
+                classes, ``-100`` where ignored; (rows,) classes; (rows,) or (rows, num_labels) targets.
+                For question answering (start_positions, end_positions), each (rows,). None for a dpzoo
+                model that was given labels.
+            inputs: the rest of the batch, if you like: ``criterion(model(**batch), **batch)``. Read are
+                ``attention_mask`` (question answering ignores padding by it), ``start_positions``,
+                ``end_positions``, ``next_sentence_label`` and ``mc_labels``.
+
+        Returns:
+            Shape (), or (rows,) with ``reduction="none"``.
 
         Raises:
-            InputError: the outputs carry no per-row loss.
+            InputError: outputs without what the head gives, labels missing or of another shape.
         """
         self._refuse_unknown()
-        parts = [
-            losses
-            for name in ("loss_per_sample", "mc_loss_per_sample")
-            if (losses := getattr(outputs, name, None)) is not None
-        ]
-        if not parts:
-            raise InputError(
-                f"ModelLoss got {type(outputs).__name__} without loss_per_sample, wanted the outputs "
-                f"of a dpzoo model that was given labels (and return_dict=True). Pass labels=... to "
-                f"the model, or use a criterion on the logits."
-            )
-        losses = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        losses = _carried(outputs)
+        if losses is None:
+            losses = self._computed(outputs, labels, inputs)
         if self.reduction == "none":
             return losses
         return losses.sum() / (max(len(losses), 1) if self.reduction == "mean" else 1)
+
+    def _computed(self, outputs: Any, labels: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The rows' losses of a stock model's outputs, (rows,)."""
+        if self.task is None:
+            raise InputError(
+                f"ModelLoss got {type(outputs).__name__} without loss_per_sample, wanted the outputs "
+                f"of a dpzoo model that was given labels (and return_dict=True). For a stock "
+                f"transformers model say which it is, and give the labels: "
+                f"dpzoo.ModelLoss(model)(model(**inputs), labels)."
+            )
+        if self.task == "question-answering":
+            starts, ends = labels if isinstance(labels, tuple | list) else (None, None)
+            return span_losses(
+                self._output(outputs, "start_logits"),
+                self._output(outputs, "end_logits"),
+                self._label(inputs.get("start_positions", starts), "start_positions"),
+                self._label(inputs.get("end_positions", ends), "end_positions"),
+                inputs.get("attention_mask"),
+            )
+        if self.task == "pre-training":
+            next_sentence = self._label(inputs.get("next_sentence_label"), "next_sentence_label")
+            return token_losses(
+                self._output(outputs, "prediction_logits"), self._label(labels, "labels")
+            ) + _class_losses(self._output(outputs, "seq_relationship_logits"), next_sentence)
+        logits, labels = self._output(outputs, "logits"), self._label(labels, "labels")
+        if self.task == "causal-lm":
+            return causal_losses(logits, labels)
+        if self.task == "double-heads":
+            choices = self._label(inputs.get("mc_labels"), "mc_labels")
+            return causal_losses(logits, labels) + _class_losses(
+                self._output(outputs, "mc_logits"), choices
+            )
+        if self.task in ("sequence-classification", "image-classification"):
+            # The model's own config is left as it is: what labels one batch has says nothing of the next.
+            problem = getattr(self.config, "problem_type", None)
+            return sequence_losses(logits, labels, SimpleNamespace(problem_type=problem))
+        if self.task in ("multiple-choice", "next-sentence-prediction"):
+            return _class_losses(logits, labels)
+        return token_losses(logits, labels)
+
+    def _output(self, outputs: Any, name: str) -> torch.Tensor:
+        value = getattr(outputs, name, None)
+        if not isinstance(value, torch.Tensor):
+            got = type(outputs).__name__
+            if isinstance(outputs, torch.Tensor):
+                got += f" of shape {tuple(outputs.shape)}"
+            raise InputError(
+                f"ModelLoss of {self.task!r} got {got} without {name}, wanted the outputs of the model "
+                f"with return_dict=True: criterion(model(**inputs), labels). The model's own loss is a "
+                f"mean over the batch, and cannot be clipped row by row."
+            )
+        return value
+
+    def _label(self, value: Any, name: str) -> torch.Tensor:
+        if not isinstance(value, torch.Tensor):
+            how = "criterion(model(**inputs), labels)"
+            if name != "labels":
+                how = f"criterion(model(**inputs), labels, {name}=...)"
+            if name in ("start_positions", "end_positions"):
+                how = "criterion(model(**inputs), (start_positions, end_positions))"
+            raise InputError(
+                f"ModelLoss of {self.task!r} got {name} = {type(value).__name__}, wanted a tensor: {how}."
+            )
+        return value
 
     def _refuse_unknown(self) -> None:
         if self.reduction not in ("mean", "sum", "none"):
             raise InputError(
                 f"ModelLoss got reduction={self.reduction!r}, wanted 'mean', 'sum' or 'none'."
             )
+
+
+def _carried(outputs: Any) -> torch.Tensor | None:
+    """The losses that a dpzoo model attached to its outputs, (rows,)."""
+    parts = [
+        losses
+        for name in ("loss_per_sample", "mc_loss_per_sample")
+        if (losses := getattr(outputs, name, None)) is not None
+    ]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _class_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of one class a row: logits (rows, classes), labels (rows,) or (rows, 1)."""
+    return token_losses(logits, labels.reshape(-1))
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model under what Opacus, DDP and PEFT put around it."""
+    while True:
+        if isinstance(model, PreTrainedModel):
+            return model
+        inner = getattr(model, "_module", None) or getattr(model, "module", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None:
+            return model
+        model = inner
+
+
+_MAPPINGS = {
+    "causal-lm": "CAUSAL_LM",
+    "masked-lm": "MASKED_LM",
+    "seq2seq-lm": "SEQ_TO_SEQ_CAUSAL_LM",  # last of the three: BartForConditionalGeneration is in two
+    "token-classification": "TOKEN_CLASSIFICATION",
+    "sequence-classification": "SEQUENCE_CLASSIFICATION",
+    "image-classification": "IMAGE_CLASSIFICATION",
+    "multiple-choice": "MULTIPLE_CHOICE",
+    "question-answering": "QUESTION_ANSWERING",
+    "next-sentence-prediction": "NEXT_SENTENCE_PREDICTION",
+}
+"""Task -> its list in transformers' auto classes."""
+
+_UNSHIFTED = (
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
+    "MarianForCausalLM",
+    "MBartForCausalLM",
+    "MvpForCausalLM",
+    "PegasusForCausalLM",
+    "PLBartForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
+    "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+)
+"""Causal language models whose stock loss takes labels that are shifted already."""
+
+_OTHER_LOSSES: dict[str, str | None] = {
+    "GPT2DoubleHeadsModel": "double-heads",
+    "BertForPreTraining": "pre-training",
+    **dict.fromkeys(_UNSHIFTED, "masked-lm"),
+}
+"""Classes whose task the auto classes do not tell; None: their loss is one of their own."""
+
+
+@functools.cache
+def _tasks_of_classes() -> dict[str, str | None]:
+    """Name of a stock class -> its task."""
+    known: dict[str, str | None] = {}
+    for task, mapping in _MAPPINGS.items():
+        for names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
+            known.update(
+                dict.fromkeys(names if isinstance(names, tuple | list) else (names,), task)
+            )
+    return {**known, **_OTHER_LOSSES}
+
+
+def _task_of(model: Any) -> str:
+    """The task of a stock class, an instance or a subclass of it."""
+    cls = model if isinstance(model, type) else type(unwrapped(model))
+    known = _tasks_of_classes()
+    for base in cls.__mro__:
+        task = known.get(base.__name__)
+        if task == "seq2seq-lm":
+            # Speech models that put their features among a decoder's tokens stand in this list too.
+            config = getattr(unwrapped(model), "config", None) or getattr(cls, "config_class", None)
+            return task if getattr(config, "is_encoder_decoder", True) else "causal-lm"
+        if task is not None:
+            return task
+        if base.__name__ in known:
+            break
+    raise UnsupportedModelError(
+        f"ModelLoss does not know the head of {cls.__name__}, wanted a class of one of transformers' auto "
+        f"classes. Name its task, dpzoo.ModelLoss('causal-lm') say, one of: {', '.join(ModelLoss.TASKS)}; "
+        f"or use a criterion on the logits."
+    )

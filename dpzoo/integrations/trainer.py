@@ -324,7 +324,7 @@ class DPTrainer(Trainer):
 
     def _row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         if self.compute_loss_func is None:
-            return ModelLoss("none")(model(**inputs))
+            return ModelLoss(reduction="none")(model(**inputs))
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         losses = self.compute_loss_func(model(**inputs), labels, num_items_in_batch=None)

@@ -488,7 +488,7 @@ def test_a_grad_scaler_is_refused(name: str, mode: str, reduction: str) -> None:
     batch = batch_for(name)
     step = Step(name, dpzoo.convert(stock_model(name)), mode, reduction=reduction)
     ids = batch.pop("input_ids")
-    loss = dpzoo.ModelLoss(reduction)(step.wrapped(ids, **batch))
+    loss = dpzoo.ModelLoss(reduction=reduction)(step.wrapped(ids, **batch))
     with pytest.raises(
         dpzoo.InputError, match=rf"The loss of {name} was multiplied by .*GradScaler.*bfloat16"
     ):
