@@ -390,9 +390,8 @@ def _dtype(regions: dict[Region | None, Uses]) -> torch.dtype:
 
 def _falling(z: torch.Tensor) -> list[int]:
     """Dimensions of a tensor in the order of falling strides; those of one entry keep their place."""
-    order = sorted(
-        (d for d in range(z.ndim) if z.shape[d] > 1), key=lambda d: int(z.stride(d)), reverse=True
-    )
+    strides: tuple[int, ...] = z.stride()
+    order = sorted((d for d in range(z.ndim) if z.shape[d] > 1), key=lambda d: -strides[d])
     return [order.pop(0) if z.shape[d] > 1 else d for d in range(z.ndim)]
 
 

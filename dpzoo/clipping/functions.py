@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from dpzoo.clipping.layout_rules import PERMUTING, RULES
+from dpzoo.clipping.layout_rules import PERMUTING, RULES, elementwise
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+FIRST_ONLY = _words("type_as view_as reshape_as expand_as to broadcast_to")
+"""Functions that take their values from the first argument alone."""
 
 
 class Function:
@@ -18,20 +26,19 @@ class Function:
         in_place: whether it changes its first argument.
     """
 
-    __slots__ = ("in_place", "name", "permuting", "rule")
+    __slots__ = ("in_place", "name", "permuting", "rule", "simple")
 
     def __init__(self, name: str, in_place: bool) -> None:
         self.name, self.in_place = name, in_place
         self.permuting = name in PERMUTING
         self.rule = RULES.get(name)
+        self.simple = (
+            self.rule is elementwise and not in_place and name not in FIRST_ONLY and name != "where"
+        )
 
 
 PLAIN = Function("plain", False)
 """Functions that look at a tensor and give none: shapes, dtypes, numbers."""
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 PLAIN_NAMES = _words(
@@ -46,9 +53,6 @@ PLAIN_NAMES = _words(
     is_coalesced sym_size sym_numel sym_stride register_post_accumulate_grad_hook is_autocast_enabled
     """
 )
-
-FIRST_ONLY = _words("type_as view_as reshape_as expand_as to broadcast_to")
-"""Functions that take their values from the first argument alone."""
 
 FUNCTIONS: dict[Any, Function] = {}
 

@@ -100,7 +100,7 @@ def _linear(
         if takes_weight:
             book.add_linear(weight, grads, saved[0], layout, turned, function.name)
 
-    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]), in_place=True)
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]))
     recorder.mark(out, layout)
     return out
 
@@ -207,7 +207,7 @@ def _lookup(
             function.name,
         )
 
-    out = recorder.tap(out, enter, (ids,), in_place=True)
+    out = recorder.tap(out, enter, (ids,))
     recorder.mark(out, layout)
     return out
 
@@ -267,7 +267,7 @@ def _meet_norm(recorder: Recorder, met: Meeting) -> Any:
                 weight, _to_shape(again.mul_(grads), layout, rows, len(shape)), function.name
             )
 
-    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]), in_place=True)
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]))
     recorder.mark(out, layout)
     return out
 
@@ -318,7 +318,7 @@ def _meet_convolution(recorder: Recorder, met: Meeting) -> Any:
             patches = patches.reshape(rows, grads.shape[1], -1)
             book.add_linear(weight, grads, patches, FIRST, False, function.name)
 
-    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]), in_place=True)
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]))
     recorder.mark(out, FIRST)
     return out
 
@@ -495,7 +495,7 @@ def row_by_row(recorder: Recorder, met: Meeting) -> Any:
 
     saved = tuple(_at(flat, s) for s in row_spots)
     tapped = tuple(outs[k].clone() if k in smooth else outs[k] for k in range(len(outs)))
-    tapped = recorder.tap(tapped, enter, saved, _parents(rowed), in_place=True)
+    tapped = recorder.tap(tapped, enter, saved, _parents(rowed))
     tapped = tapped if isinstance(tapped, tuple) else (tapped,)
     for tensor, lay in zip(tapped, founds, strict=True):
         recorder.mark(tensor, lay)
@@ -560,7 +560,7 @@ def _meet_einsum(recorder: Recorder, met: Meeting) -> Any:
         )
         book.add_linear(z, _positions(grads, where, rows), values, where, turned, function.name)
 
-    out = recorder.tap(out, enter, (x,), _parents([x]), in_place=True)
+    out = recorder.tap(out, enter, (x,), _parents([x]))
     recorder.mark(out, layout._replace(dim=result.index(letter)))
     return out
 
@@ -610,7 +610,7 @@ def _meet_grouped(recorder: Recorder, met: Meeting) -> Any:
                 grads = _positions(grad[part], own, rows)
                 book.add_linear(expert, grads, kept[part], own, True, function.name)
 
-    out = recorder.tap(out, enter, (x,), _parents([x]), in_place=True)
+    out = recorder.tap(out, enter, (x,), _parents([x]))
     recorder.mark(out, layout)
     return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             raise UnsupportedModelError(
                 "grad_sample_mode='bk' got batch_first=False, wanted True: rows come first."
             )
+        _refuse_model(m)
         for parameter in m.parameters():
             parameter.__dict__.pop("_forward_counter", None)  # Opacus' hooks' own; not used here
             parameter.__dict__.pop("grad_sample", None)
@@ -51,6 +54,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._book: Book | None = None
         self._recorder: Recorder | None = None
         self._depth = 0
+        self._eager = contextlib.ExitStack()
         self._verifying = False
         self._verified: set[int] = set()
         self._names: dict[int, str] = {}
@@ -77,6 +81,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         self._names = trained
         self._recorder = recorder = Recorder(self, rows)
+        if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         for tensor in tensors:
             if tensor.ndim and tensor.shape[0] == rows and id(tensor) not in trained:
                 recorder.mark(tensor)
@@ -86,6 +92,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._depth -= 1
         if self._depth == 0 and self._recorder is not None and torch.is_grad_enabled():
             self._recorder.__exit__(None, None, None)
+            self._eager.close()
 
     def name_of(self, tensor: torch.Tensor) -> str:
         """A trained parameter's name, or what a tensor that comes from parameters was computed by."""
@@ -138,8 +145,10 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"for each row. dpzoo.ModelLoss() takes a model's outputs; for flat token losses pass "
                 f"shape=logits.shape."
             )
-        parameters = [p for p in self._module.parameters() if p.requires_grad]
-        book = self._record(losses, parameters)
+        named = [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
+        _refuse_hooks(named)
+        self._names = {id(p): n for n, p in named}
+        book = self._record(losses, [p for _, p in named])
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             self._settle(book, losses, optimizer)
 
@@ -159,7 +168,6 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"The losses have {rows} rows and the batch had {recorder.rows}, wanted one loss for each "
                 f"row of the batch, from one call of the model."
             )
-        self._names = {id(p): n for n, p in self._module.named_parameters() if p.requires_grad}
         refuse_unseen(losses, self.name_of, self._names)
         known = hash((frozenset(recorder.uses), losses.grad_fn.name()))
         check = known not in self._verified
@@ -238,6 +246,36 @@ class BookKeepingModule(BookKeepingHooks, AbstractGradSampleModule):
         nn.Module.__init__(self)
         BookKeepingHooks.__init__(self, m, **kwargs)
         self.grad_accumulation_hook = None
+
+
+def _refuse_model(model: nn.Module) -> None:
+    """Raise for models that are private already, or whose parameters are in pieces."""
+    if any(hook_of(hook) for hook in model._forward_pre_hooks.values()):
+        raise InputError(
+            f"{type(model).__name__} is in grad_sample_mode='bk' already, wanted a model that is not. Use "
+            f"what make_private returned the first time, or call its cleanup() before the second."
+        )
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise UnsupportedModelError(
+                f"{name} is a DTensor (FSDP2, tensor parallel), and grad_sample_mode='bk' takes whole "
+                f"parameters. Use DistributedDataParallel, or grad_sample_mode='ghost_fsdp'."
+            )
+
+
+def hook_of(hook: Any) -> bool:
+    """Whether a forward hook is that of a `BookKeepingHooks`."""
+    return isinstance(getattr(hook, "__self__", None), BookKeepingHooks)
+
+
+def _refuse_hooks(named: list[tuple[str, torch.Tensor]]) -> None:
+    """Raise for gradient hooks on parameters: per-sample gradients do not pass them."""
+    for name, parameter in named:
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedModelError(
+                f"{name} has a gradient hook (Tensor.register_hook), which grad_sample_mode='bk' would "
+                f"pass by: it forms no ordinary gradient. Remove the hook, or freeze the parameter."
+            )
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -67,30 +67,24 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        anchor: torch.Tensor,
-        owner: Any,
-        enter: Enter,
-        in_place: bool,
-        count: int,
-        *tensors: Any,
+        ctx: Any, anchor: torch.Tensor, owner: Any, enter: Enter, count: int, *tensors: torch.Tensor
     ) -> Any:
-        """The first ``count`` of ``tensors``, with an edge to ``anchor``; the rest is kept for backward."""
-        outputs, saved = tensors[:count], tensors[count:]
-        ctx.save_for_backward(*saved)
+        """The first ``count`` of ``tensors``, with an edge to ``anchor``; the rest is kept for backward.
+
+        The outputs share memory with the inputs and are no views of them, so that a model may change
+        them in place. The tapped functions keep nothing of their outputs for their own backward.
+        """
+        ctx.save_for_backward(*tensors[count:])
         ctx.owner, ctx.enter, ctx.inputs = owner, enter, len(tensors)
         ctx.parents = ()
-        if in_place:
-            ctx.mark_dirty(*outputs)
-        else:
-            outputs = tuple(output.view_as(output) for output in outputs)
+        outputs = tuple(tensor.data for tensor in tensors[:count])
         return outputs[0] if count == 1 else outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Pass the gradients through, and record the use."""
         ctx.owner.enter(ctx.enter, grads, ctx.saved_tensors)
-        return (None, None, None, None, None, *grads, *(None,) * (ctx.inputs - len(grads)))
+        return (None, None, None, None, *grads, *(None,) * (ctx.inputs - len(grads)))
 
 
 TAP: Any = getattr(Tap, "_backward_cls")  # noqa: B009  (not an attribute that torch declares)
@@ -166,6 +160,11 @@ class Recorder(TorchFunctionMode):
         if not shared:
             out = func(*args, **kwargs)
             if rowed:
+                if entry.simple and len(rowed) == 1 and type(out) is torch.Tensor:
+                    x = rowed[0]
+                    if out.ndim == x.ndim:  # the usual case, in short
+                        setattr(out, MARK, getattr(x, MARK))
+                        return out
                 self.propagate(entry, func, args, kwargs, rowed, out)
             return out
         if not rowed:
@@ -425,16 +424,10 @@ class Recorder(TorchFunctionMode):
         enter: Enter,
         saved: tuple[torch.Tensor, ...] = (),
         parents: tuple[Any, ...] = (),
-        *,
-        in_place: bool,
     ) -> Any:
         """Tap tensors; see `Tap`."""
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        if in_place:  # what views share memory with must not change its history
-            outputs = tuple(o.clone() if o._base is not None else o for o in outputs)
-        tapped = Tap.apply(
-            self.owner.anchor, self.owner, enter, in_place, len(outputs), *outputs, *saved
-        )
+        tapped = Tap.apply(self.owner.anchor, self.owner, enter, len(outputs), *outputs, *saved)
         node: Any = (tapped if isinstance(tapped, torch.Tensor) else tapped[0]).grad_fn
         node.parents = parents
         return tapped
@@ -453,7 +446,13 @@ class Recorder(TorchFunctionMode):
         rows, size = self.rows, x.shape[layout.dim]
         right = x.ndim - layout.dim  # the rows' dimension, from the right
         self.uses.append((entry.name, "expanded", self.owner.name_of(z), layout_key(layout)))
-        if z.ndim >= right and z.shape[-right] != 1 and rows > 1:
+        if rows == 1:
+
+            def enter_one(book: Book, grad: torch.Tensor) -> None:
+                book.add_dense(z, grad.unsqueeze(0), entry.name)
+
+            return self.tap(z, enter_one)
+        if z.ndim >= right and z.shape[-right] != 1:
             return self.tap_own(entry, z, z.ndim - right, layout, size)
         shape = [1] * max(z.ndim, right)
         shape[len(shape) - z.ndim :] = z.shape
@@ -465,7 +464,7 @@ class Recorder(TorchFunctionMode):
         def enter(book: Book, grad: torch.Tensor) -> None:
             book.add_dense(z, per_row(grad, moved, rows).reshape(rows, *z.shape), entry.name)
 
-        return self.tap(z.expand(shape), enter, in_place=False)
+        return self.tap(z.expand(shape), enter)
 
     def tap_own(
         self, entry: Function, z: torch.Tensor, dim: int, layout: AnyLayout, size: int
@@ -500,7 +499,7 @@ class Recorder(TorchFunctionMode):
             mask = mask.view(rows, *(1,) * dim, size, *(1,) * (z.ndim - dim - 1))
             book.add_dense(z, grad.unsqueeze(0) * mask, entry.name)
 
-        return self.tap(z, enter, in_place=False)
+        return self.tap(z, enter)
 
 
 def run_backward(

@@ -609,6 +609,32 @@ def test_refused(name: str, rows: int) -> None:
     assert all(p.summed_grad is None for p in model.parameters())  # type: ignore[attr-defined]
 
 
+def test_gradient_hooks_on_parameters_are_refused() -> None:
+    model = Around(nn.Linear(DIM, DIM)).double()
+    model.layer.weight.register_hook(lambda grad: grad * 2)
+    watched = BookKeepingHooks(model)
+    with pytest.raises(dpzoo.UnsupportedModelError, match=r"layer\.weight has a gradient hook"):
+        watched.backward(loss_of(model(floats(ROWS, SEQ, DIM))), OneRow(0))  # type: ignore[arg-type]
+
+
+def test_a_model_is_made_private_once() -> None:
+    model = Around(nn.Linear(DIM, DIM)).double()
+    first = BookKeepingHooks(model)
+    with pytest.raises(dpzoo.InputError, match="in grad_sample_mode='bk' already"):
+        BookKeepingHooks(model)
+    first.cleanup()
+    BookKeepingHooks(model)
+
+
+def test_compiled_parts_run_as_they_are_written() -> None:
+    torch.manual_seed(1)
+    model = Around(nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())).double()
+    model.layer = torch.compile(model.layer)  # type: ignore[assignment]
+    model.call = torch.compile(lambda layer, x: layer(x) * 2, dynamic=True)
+    with torch.compiler.set_stance("force_eager"):  # the rows alone, without a compiler
+        assert_exact(model, {"x": floats(ROWS, SEQ, DIM)})
+
+
 def test_a_parameter_used_by_the_criterion_is_refused() -> None:
     model = Around(nn.Linear(DIM, DIM)).double()
     watched = BookKeepingHooks(model)
