@@ -202,13 +202,15 @@ class DenseGrads:
 
     def squared_norm(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(n,); None: nothing cancels."""
-        flat = self.grads.flatten(1)
+        flat = self.grads.reshape(len(self.grads), -1)
         return torch.linalg.vector_norm(flat, dim=1).square(), None
 
     def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
         """``total + sum_i weights_i G_i``; in place where there is a total."""
         if total is None:
-            return torch.mv(self.grads.flatten(1).t(), weights).view(self.grads.shape[1:])
+            return torch.mv(self.grads.reshape(len(self.grads), -1).t(), weights).view(
+                self.grads.shape[1:]
+            )
         for grad, weight in zip(self.grads, weights.unbind(), strict=True):
             total.addcmul_(grad, weight)
         return total
@@ -237,7 +239,7 @@ def inner_product(a: GradFactors, b: GradFactors) -> torch.Tensor:
         a, b = b, a
     if isinstance(a, DenseGrads):
         if isinstance(b, DenseGrads):
-            return (a.grads * b.grads).flatten(1).sum(1)
+            return (a.grads * b.grads).reshape(len(a.grads), -1).sum(1)
         if isinstance(b, LinearFactors):
             return (torch.matmul(b.inputs, a.grads.transpose(1, 2)) * b.grads).sum((1, 2))
         index = b.ids.unsqueeze(-1).expand_as(b.grads)

@@ -21,6 +21,7 @@ from dpzoo.clipping.layouts import (
     Mixing,
     Picked,
     Unknown,
+    layout_of,
     picked,
     row_ids,
     shifted,
@@ -186,22 +187,21 @@ def parts(at: int) -> Rule:
         dim = _argument(args, kwargs, at, ("dim",), 0) % x.ndim
         if dim != layout.dim:
             return layout
-        if isinstance(layout, Picked):
-            raise Unknown
         pieces = out if isinstance(out, (tuple, list)) else [out]
-        whole = n * layout.inner
-        if not isinstance(out, (tuple, list)) or any(p.shape[dim] % whole for p in pieces):
-            return _cut(n, layout, x, dim, pieces, out)
-        return [layout._replace(outer=p.shape[dim] // whole) for p in pieces]
+        whole = n * getattr(layout, "inner", 1)
+        if isinstance(layout, Picked) or any(p.shape[dim] % whole for p in pieces):
+            return _cut(n, layout, x, dim, out)
+        made = [layout._replace(outer=piece.shape[dim] // whole) for piece in pieces]
+        return made if isinstance(out, (tuple, list)) else made[0]
 
     return rule
 
 
-def _cut(n: int, layout: Layout, x: torch.Tensor, dim: int, pieces: Any, out: Any) -> Any:
+def _cut(n: int, layout: AnyLayout, x: torch.Tensor, dim: int, out: Any) -> Any:
     if dim or not isinstance(out, (tuple, list)):
         raise Mixing
     ids = row_ids(layout, x.shape[0], n, x.device)
-    return [Picked(part) for part in ids.split([p.shape[0] for p in pieces])]
+    return [picked(part, n) for part in ids.split([piece.shape[0] for piece in out])]
 
 
 def narrow(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
@@ -228,6 +228,12 @@ def unbind(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, o
 
 def index(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """``x[...]``."""
+    if x is not args[0]:  # an index
+        if layout_of(args[0], n) is not None:
+            return None
+        if args[1] is x:
+            return layout
+        raise Unknown
     items = args[1] if isinstance(args[1], tuple) else (args[1],)
     items = tuple(torch.as_tensor(i, device=x.device) if isinstance(i, list) else i for i in items)
     used = sum(
@@ -333,12 +339,25 @@ def _folded(chosen: torch.Tensor, place: int, n: int) -> Layout:
     raise Unknown
 
 
+def shifted_to(layout: AnyLayout, dim: int) -> AnyLayout:
+    """The layout of a vector whose entries become those of a dimension."""
+    if isinstance(layout, Picked):
+        if dim:
+            raise Unknown
+        return layout
+    return layout._replace(dim=dim)
+
+
 def index_select(
     n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
 ) -> Any:
     """Entries along a dimension by number."""
-    dim = _argument(args, kwargs, 1, ("dim",)) % x.ndim
     chosen = _argument(args, kwargs, 2, ("index",))
+    if x is chosen:
+        if layout_of(args[0], n) is not None:
+            return None
+        return shifted_to(layout, _argument(args, kwargs, 1, ("dim",)) % args[0].ndim)
+    dim = _argument(args, kwargs, 1, ("dim",)) % x.ndim
     if dim != layout.dim:
         return layout
     if dim:
@@ -381,12 +400,16 @@ def concatenated(
     dim = _argument(args, kwargs, 1, ("dim", "axis"), 0) % x.ndim
     if dim != layout.dim:
         return layout
-    if isinstance(layout, Picked):
-        raise Unknown
-    whole = n * layout.inner
-    if any(p.shape[dim] % whole for p in pieces):
+    own = [layout_of(piece, n) for piece in pieces]
+    if any(not isinstance(each, (Layout, Picked)) or each.dim != dim for each in own):
         raise Mixing
-    return Layout(dim, out.shape[dim] // whole, layout.inner)
+    if len({getattr(each, "inner", None) for each in own}) == 1 and isinstance(layout, Layout):
+        return layout._replace(outer=out.shape[dim] // (n * layout.inner))
+    if dim:
+        raise Unknown
+    known = [each for each in own if isinstance(each, (Layout, Picked))]
+    ids = [row_ids(e, len(p), n, x.device) for e, p in zip(known, pieces, strict=True)]
+    return picked(torch.cat(ids), n)
 
 
 def stacked(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:

@@ -67,6 +67,15 @@ class Mixed:
 AnyLayout = Layout | Picked
 FIRST = Layout(0)
 
+MARK = "_dpzoo_rows"
+"""Attribute of a tensor that has rows: (number of rows, layout)."""
+
+
+def layout_of(tensor: torch.Tensor, rows: int) -> AnyLayout | Mixed | None:
+    """The layout of a tensor's rows; None if it has none."""
+    mark = getattr(tensor, MARK, None)
+    return mark[1] if mark is not None and mark[0] == rows else None
+
 
 class Unknown(Exception):  # noqa: N818  (control flow, not an error)
     """No rule says where the rows of a function's output are."""

@@ -341,6 +341,21 @@ def _meet_aligned(recorder: Recorder, met: Meeting) -> Any:
     return run_with(recorder, met, wide)
 
 
+def _meet_template(recorder: Recorder, met: Meeting) -> Any:
+    """Functions that take a shape or a dtype from their second argument: ``expand_as``, ``type_as``."""
+    z, x = met.args[0], met.rowed[0]
+    out = met.call(*met.args, **met.kwargs)
+    if not any(z is other for other in met.shared):
+        recorder.propagate(met.function, met.call, met.args, met.kwargs, met.rowed, out)
+        return out
+    if met.function.name != "expand_as":
+        return out  # shared, as it was
+    layout = recorder.layout_of(x)
+    out = recorder.expanded(met.function, z, x, layout).expand_as(x)
+    recorder.mark(out, layout)
+    return out
+
+
 def _swap(values: Any, wide: dict[int, torch.Tensor]) -> Any:
     if isinstance(values, torch.Tensor):
         return wide.get(id(values), values)
@@ -631,6 +646,11 @@ MEETINGS: dict[str, Any] = {
     "getitem": _meet_getitem,
     "layer_norm": _meet_norm,
     "rms_norm": _meet_norm,
+    "expand_as": _meet_template,
+    "type_as": _meet_template,
+    "to": _meet_template,
+    "view_as": _meet_template,
+    "reshape_as": _meet_template,
     "conv1d": _meet_convolution,
     "conv2d": _meet_convolution,
     "conv3d": _meet_convolution,

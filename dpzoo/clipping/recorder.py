@@ -35,6 +35,7 @@ from dpzoo.clipping.functions import FIRST_ONLY, FUNCTIONS, PLAIN, Function, res
 from dpzoo.clipping.layout_rules import order_of
 from dpzoo.clipping.layouts import (
     FIRST,
+    MARK,
     AnyLayout,
     Layout,
     Mixed,
@@ -42,6 +43,7 @@ from dpzoo.clipping.layouts import (
     Picked,
     Unknown,
     layout_key,
+    layout_of,
     per_row,
     row_ids,
     rows_first,
@@ -49,9 +51,6 @@ from dpzoo.clipping.layouts import (
 )
 from dpzoo.clipping.meetings import MEETINGS, Meeting, row_by_row
 from dpzoo.errors import InputError, UnsupportedModelError
-
-MARK = "_dpzoo_rows"
-"""Attribute of a tensor that has rows: (number of rows, layout)."""
 
 SAME = "_dpzoo_same"
 """Attribute of a shared tensor: dimensions along which all its entries are equal by construction."""
@@ -117,10 +116,7 @@ class Recorder(TorchFunctionMode):
 
     def layout_of(self, tensor: torch.Tensor) -> Any:
         """The layout of a tensor's rows; None if it has none."""
-        mark = getattr(tensor, MARK, None)
-        if mark is None or mark[0] != self.rows:
-            return None
-        return mark[1]
+        return layout_of(tensor, self.rows)
 
     # --- every function -------------------------------------------------------------------------
 
