@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import pytest
 import transformers
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from transformers import AutoConfig
 
 import dpzoo
+from dpzoo.versions import TRANSFORMERS, warn_if_untested
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -214,6 +218,32 @@ def test_the_security_notes_say_what_they_must() -> None:
     for word in ("secure_mode", "one row", "Mironov", "pytorch_model.bin", "privately"):
         assert word in text
     assert "@" not in text, "an address that nobody confirmed"
+
+
+def test_the_range_of_transformers_is_one() -> None:
+    (wanted,) = (one for one in requirements() if one.name == "transformers")
+    assert wanted.specifier == SpecifierSet(TRANSFORMERS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_untested(min(pin.version for pin in wanted.specifier))  # the first of the range
+        warn_if_untested(transformers.__version__)
+    for version in ("5.20.1", "5.25.0.dev0", "5.25.0", "6.0.0"):
+        with pytest.warns(
+            UserWarning, match=rf"not tested with transformers {version}, but with >=5"
+        ):
+            warn_if_untested(version)
+
+
+def test_the_runs_that_the_range_rests_on_are_written_down() -> None:
+    """docs/versions.md has a passed run of the oldest, the pinned and the newest supported one."""
+    table = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    passed = set(re.findall(r"^\|.*transformers (\S+),.* passed.*\|$", table, flags=re.MULTILINE))
+    bounds = {clause.operator: clause.version for clause in SpecifierSet(TRANSFORMERS)}
+    assert bounds[">="] in passed
+    assert pinned_here()["transformers"] in passed
+    newest = max(map(Version, passed))
+    assert Version(bounds["<"]).release == (newest.major, newest.minor + 1)
+    assert "failed" not in table
 
 
 def test_every_constraint_is_exact_and_said_once() -> None:
