@@ -20,7 +20,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all bench lint format build clean
+.PHONY: help install demo test test-slow test-all matrix bench lint format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ test-slow: $(STAMP)  ## run the exhaustive sweeps only
 
 test-all: $(STAMP)  ## run the tests and the exhaustive sweeps
 	$(PYTEST) -m 'slow or not slow'
+
+matrix: $(STAMP)  ## run the tests with the oldest and the newest versions, and write docs/versions.md (an hour)
+	$(BIN)/python .ci/matrix
 
 bench: $(STAMP)  ## measure private steps against non-private ones (a quarter of an hour; keep the machine idle)
 	$(BIN)/dpzoo bench roberta-base --layers 4 --batch 8 --seq 128
