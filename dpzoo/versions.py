@@ -20,7 +20,7 @@ def warn_if_untested(version: str = transformers.__version__) -> None:
             f"dpzoo was not tested with transformers {version}, but with {TRANSFORMERS}: its models may "
             f"differ from the stock ones there. Install a version of that range, or run dpzoo's tests "
             f"(make test) with this one.",
-            stacklevel=3,
+            stacklevel=4,  # the line that imports dpzoo
         )
 
 

@@ -234,6 +234,26 @@ def test_the_range_of_transformers_is_one() -> None:
             warn_if_untested(version)
 
 
+OUTSIDE = """
+import warnings
+import transformers
+
+transformers.__version__ = "5.99.0"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import dpzoo
+    from dpzoo import convert, models
+said = [one for one in caught if "was not tested with transformers 5.99.0" in str(one.message)]
+print(len(said), said[0].filename, said[0].category.__name__)
+"""
+
+
+def test_importing_beside_another_transformers_warns_once_and_works() -> None:
+    command = [sys.executable, "-c", OUTSIDE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["1", "<string>", "UserWarning"]
+
+
 def test_the_runs_that_the_range_rests_on_are_written_down() -> None:
     """docs/versions.md has a passed run of the oldest, the pinned and the newest supported one."""
     table = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")

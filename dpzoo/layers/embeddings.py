@@ -55,10 +55,18 @@ class HoldsTables:
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._retype(name, value)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: Any) -> None:
+        """As `torch.nn.Module.add_module`, with a safe type for a plain embedding."""
+        self._retype(name, module)
+        super().add_module(name, module)  # type: ignore[misc]
+
+    def _retype(self, name: str, value: Any) -> None:
         if type(value) is nn.Embedding:
             old = self.__dict__.get("_modules", {}).get(name)
             value.__class__ = type(old) if isinstance(old, _Table) else TokenEmbedding
-        super().__setattr__(name, value)
 
 
 def rows_of_ids(

@@ -57,6 +57,8 @@ def test_what_is_assigned_keeps_its_type_or_gets_a_safe_one() -> None:
     assert type(model.transformer.wpe) is PositionEmbedding
     model.transformer.set_submodule("wpe", nn.Embedding(41, 24))
     assert type(model.transformer.wpe) is PositionEmbedding
+    model.transformer.add_module("wpe", nn.Embedding(42, 24))
+    assert type(model.transformer.wpe) is PositionEmbedding
     model.extra = nn.Embedding(3, 4)
     assert type(model.extra) is TokenEmbedding
 
