@@ -290,8 +290,8 @@ class ModelLoss:
         if self.task is None:
             raise InputError(
                 f"ModelLoss got {type(outputs).__name__} without loss_per_sample, wanted the outputs "
-                f"of a dpzoo model that was given labels (and return_dict=True). For a stock "
-                f"transformers model say which it is, and give the labels: "
+                f"of a dpzoo model that was given labels (and return_dict=True). Pass labels=... to the model. "
+                f"For a stock transformers model say which it is, and give the criterion the labels: "
                 f"dpzoo.ModelLoss(model)(model(**inputs), labels)."
             )
         if self.task == "question-answering":
