@@ -68,7 +68,7 @@ def sweep(
             if pipe not in ready and not late:
                 continue
             try:
-                if pipe not in ready:
+                if late:
                     raise TimeoutError(f"no result after {seconds:.0f} s")
                 result = Result(**pipe.recv())
             except (EOFError, TimeoutError) as error:

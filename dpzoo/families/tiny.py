@@ -245,7 +245,6 @@ def shrink(config: Any, sizes: Sizes, leave: frozenset[str] = frozenset()) -> di
         leave: groups of `RULES` to leave out.
     """
     made: dict[str, Any] = {}
-    heads = vars(config).get("num_attention_heads")
     for name, value in {**config.to_dict(), **vars(config)}.items():
         if name.startswith("_"):
             continue
@@ -268,7 +267,7 @@ def shrink(config: Any, sizes: Sizes, leave: frozenset[str] = frozenset()) -> di
             for group, pattern, rule in RULES:
                 if group not in leave and re.fullmatch(pattern, name):
                     made[name] = rule(value, sizes)
-                    if group == "kv" and ("mha" in leave or value == heads):
+                    if group == "kv" and "mha" in leave:
                         made[name] = sizes.heads
                     if group == "layers":
                         made[name] = min(value, _layers(config))

@@ -34,14 +34,14 @@ def oracle(model: Any, inputs: Batch, labels: torch.Tensor) -> list[Gradients]:
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     made = []
     for i in range(len(labels)):
-        loss = row_losses(model, {k: v[i : i + 1] for k, v in inputs.items()}, labels[i : i + 1])
-        grads = torch.autograd.grad(loss.sum(), list(named.values()), allow_unused=True)
+        model.zero_grad()
+        row = {k: v[i : i + 1] for k, v in inputs.items()}
+        # Not autograd.grad: reversible layers and reentrant checkpoints fill .grad, and nothing else.
+        row_losses(model, row, labels[i : i + 1]).sum().backward()
         made.append(
-            {
-                n: torch.zeros_like(p) if g is None else g.detach()
-                for (n, p), g in zip(named.items(), grads, strict=True)
-            }
+            {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
         )
+    model.zero_grad()
     return made
 
 
