@@ -290,8 +290,8 @@ class ModelLoss:
         if self.task is None:
             raise InputError(
                 f"ModelLoss got {type(outputs).__name__} without loss_per_sample, wanted the outputs "
-                f"of a dpzoo model that was given labels (and return_dict=True). Pass labels=... to the model. "
-                f"For a stock transformers model say which it is, and give the criterion the labels: "
+                f"of a dpzoo model that was given labels (and return_dict=True). Pass labels=... to the "
+                f"model. For a stock transformers model, name it and give the labels to the criterion: "
                 f"dpzoo.ModelLoss(model)(model(**inputs), labels)."
             )
         if self.task == "question-answering":
@@ -419,6 +419,8 @@ _OTHER_LOSSES: dict[str, str | None] = {
     "GPT2DoubleHeadsModel": "double-heads",
     "BertForPreTraining": "pre-training",
     **dict.fromkeys(_UNSHIFTED, "masked-lm"),
+    "ProphetNetForCausalLM": None,  # predicts several tokens at each position
+    "ProphetNetForConditionalGeneration": None,
 }
 """Classes whose task the auto classes do not tell; None: their loss is one of their own."""
 

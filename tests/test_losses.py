@@ -341,5 +341,7 @@ def test_errors_say_what_to_do() -> None:
     assert "(start_positions, end_positions)" in _error(ModelLoss("question-answering"), span, y)
     with pytest.raises(dpzoo.UnsupportedModelError, match="does not know the head of LlamaModel"):
         ModelLoss(transformers.LlamaModel)
+    with pytest.raises(dpzoo.UnsupportedModelError, match="head of ProphetNetForCausalLM"):
+        ModelLoss(transformers.ProphetNetForCausalLM)  # its stock loss is one of its own
     with pytest.raises(dpzoo.UnsupportedModelError, match="ModelLoss\\('causal-lm'\\)"):
         ModelLoss(nn.Linear(2, 2))

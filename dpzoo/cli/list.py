@@ -1,6 +1,7 @@
-"""``dpzoo list``: families, tasks, classes, and the catalogue of public checkpoints."""
+"""``dpzoo list``: families, tasks, classes, public checkpoints, and the stock architectures verified."""
 
 import argparse
+import difflib
 import json
 import sys
 from dataclasses import asdict
@@ -8,12 +9,15 @@ from typing import Any
 
 from dpzoo.catalogue import Checkpoint, catalogue, quirks
 from dpzoo.cli.output import fits, print_table
+from dpzoo.errors import UnsupportedModelError
+from dpzoo.families.record import recorded, verdict
+from dpzoo.families.trial import MODES, Result
 from dpzoo.registry import FAMILIES, TASKS, list_models, model_class
 
 WIDE = 150
 """Columns of a terminal that the wide tables take; a narrower one gets less of them."""
 
-TOPICS = ("families", "tasks", "classes", "catalogue", "quirks")
+TOPICS = ("families", "tasks", "classes", "catalogue", "quirks", "architectures")
 
 EPILOG = """\
 topics:
@@ -22,6 +26,9 @@ topics:
   classes    the same, a line for each class
   catalogue  well-known public checkpoints: class, sizes, parameters, quirks of their key layouts
   quirks     what those quirks are
+  architectures
+             stock models of transformers, as they are: which modes give exact gradients for each, as
+             verified by `python -m dpzoo.families`; here --family is a model_type (llama, say)
   Without a topic: tasks and catalogue.
 
   The catalogue is what has been looked up, not what is supported: any checkpoint of the four families
@@ -35,6 +42,7 @@ examples:
   dpzoo list
   dpzoo list classes --task masked-lm
   dpzoo list catalogue --family gpt2
+  dpzoo list architectures --family qwen3
   dpzoo list catalogue --json | jq -r '.catalogue[] | [.id, .parameters] | @tsv'
 """
 
@@ -63,7 +71,10 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UnsupportedModelError: an unknown family or task, or a family without that task.
     """
-    _refuse_unknown(options.family, options.task)
+    if options.topic == "architectures":
+        _refuse_unverified(options.family, options.task)
+    else:
+        _refuse_unknown(options.family, options.task)
     topics = [options.topic] if options.topic else ["tasks", "catalogue"]
     if options.json:
         data = {topic: _JSON[topic](options.family, options.task) for topic in topics}
@@ -82,6 +93,32 @@ def _refuse_unknown(family: str | None, task: str | None) -> None:
         model_class(family, task or "base")
     elif task is not None and task not in TASKS:
         model_class("bert", task)
+
+
+def _refuse_unverified(family: str | None, task: str | None) -> None:
+    """Raise where the record has nothing of that model_type or task."""
+    _, results = recorded()
+    kinds, tasks = ({one.name.split("/")[i] for one in results} for i in (1, 0))
+    for got, known, what in ((family, kinds, "model_type"), (task, tasks, "task")):
+        if got is not None and got not in known:
+            close = difflib.get_close_matches(got, known, n=3) or sorted(known)[:5]
+            raise UnsupportedModelError(
+                f"No architecture with {what} {got!r} is in the record, wanted one such as "
+                f"{', '.join(close)}. Try it: python -m dpzoo.families --only {family or 'llama'}."
+            )
+    if not _verified(family, task):
+        raise UnsupportedModelError(
+            f"The record has no {family!r} for task {task!r}. `dpzoo list architectures --family "
+            f"{family}` shows what it has."
+        )
+
+
+def _verified(family: str | None, task: str | None) -> list[Result]:
+    return [
+        one
+        for one in recorded()[1]
+        if task in (None, one.name.split("/")[0]) and family in (None, one.name.split("/")[1])
+    ]
 
 
 def _models(family: str | None, task: str | None) -> dict[str, dict[str, str]]:
@@ -146,12 +183,22 @@ def _quirks_json(family: str | None, task: str | None) -> dict[str, dict[str, An
     }
 
 
+def _architectures_json(family: str | None, task: str | None) -> dict[str, Any]:
+    results = [asdict(one) for one in _verified(family, task)]
+    for one in results:
+        one["task"], one["model_type"] = one.pop("name").split("/")
+        one["class"] = one.pop("cls")
+        del one["seconds"]
+    return {"versions": recorded()[0], "results": results}
+
+
 _JSON = {
     "families": _families_json,
     "tasks": _tasks_json,
     "classes": _classes_json,
     "catalogue": _catalogue_json,
     "quirks": _quirks_json,
+    "architectures": _architectures_json,
 }
 
 
@@ -217,10 +264,27 @@ def _quirks_table(family: str | None, task: str | None) -> None:
     print_table(header, rows, title="Quirks of key layouts", numbers=("seen in",))
 
 
+def _architectures_table(family: str | None, task: str | None) -> None:
+    rows = []
+    for one in _verified(family, task):
+        done = one.name.split("/")
+        error = f"{one.error['bk']:.0e}" if "bk" in one.error else None
+        verdicts = [verdict(one, mode) for mode in MODES]
+        rows.append((done[1], done[0], one.cls, *verdicts, error))
+    versions = ", ".join(f"{name} {number}" for name, number in recorded()[0].items())
+    print_table(
+        ("architecture", "task", "class", *MODES, "error in bk"),
+        rows,
+        title=f"Stock architectures, verified with {versions}",
+        numbers=("error in bk",),
+    )
+
+
 _TABLES = {
     "families": _families_table,
     "tasks": _tasks_table,
     "classes": _classes_table,
     "catalogue": _catalogue_table,
     "quirks": _quirks_table,
+    "architectures": _architectures_table,
 }

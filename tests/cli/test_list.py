@@ -78,11 +78,29 @@ def test_json_has_what_is_known_and_nothing_else(capsys: pytest.CaptureFixture[s
     assert ner["source"].startswith("https://")
 
 
+def test_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    data = listed(capsys, "architectures")["architectures"]
+    assert set(data["versions"]) == {"torch", "transformers", "opacus"}
+    assert sum(one["modes"].get("bk") == "exact" for one in data["results"]) >= 100
+    assert not any(one["modes"].get("bk", "").startswith("WRONG") for one in data["results"])
+    words = ("architectures", "--family", "llama", "--task", "causal-lm")
+    (llama,) = listed(capsys, *words)["architectures"]["results"]
+    assert (llama["class"], llama["modes"]["bk"]) == ("LlamaForCausalLM", "exact")
+    line = text(capsys, *words)[3].split()
+    assert line[:3] == ["llama", "causal-lm", "LlamaForCausalLM"]
+    assert line[5] == "exact"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--family", "roberto"], "Unknown family 'roberto'. Wanted one of: bert, roberta"),
         (["--task", "ner"], "does not know task 'ner'"),
+        (["architectures", "--family", "lama"], "python -m dpzoo.families --only lama"),
+        (
+            ["architectures", "--family", "t5", "--task", "causal-lm"],
+            "no 't5' for task 'causal-lm'",
+        ),
         (["--family", "gpt2", "--task", "masked-lm"], "'gpt2' has no class for task 'masked-lm'"),
     ],
 )
