@@ -461,6 +461,8 @@ def batch(
         mask[-1, -2:] = 0  # one row is shorter
         ids[mask == 0] = 0
         made["attention_mask"] = mask
+    if task == "sequence-classification" and config.is_encoder_decoder:
+        ids[torch.arange(rows), mask.sum(1) - 1] = config.eos_token_id  # their heads read that one
     if "bbox" in taken:
         corner = draw(0, 20, rows, seq, 2)
         made["bbox"] = torch.cat([corner, corner + 5], -1)
