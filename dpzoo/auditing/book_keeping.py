@@ -11,14 +11,21 @@ from dpzoo.clipping.module import BookKeepingModule
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
 
-class OneRow:
-    """Stands where the optimizer gives the clip factors: 1 for one row, 0 for the others.
+class OneRow(BookKeepingOptimizer):
+    """Stands where the private optimizer does: clip factor 1 for one row, 0 for the others.
 
     Args:
+        parameters: those that are trained.
         row: the row's index.
     """
 
-    def __init__(self, row: int) -> None:
+    def __init__(self, parameters: list[torch.Tensor], row: int) -> None:
+        super().__init__(
+            torch.optim.SGD(parameters, lr=0.0),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=1,
+        )
         self.row = row
         self.norms: dict[torch.Tensor, torch.Tensor] = {}
 
@@ -48,13 +55,13 @@ class BookMode(OpacusMode):
             shares: dict[str, list[torch.Tensor]] = {}
             for row in range(max(batch.rows, 1)):
                 self.clear()
-                one = OneRow(row)
+                one = OneRow(list(self.parameters.values()), row)
                 losses = self.losses(batch)
                 self.wrapper.backward(losses if weights is None else losses * weights, one)
                 for name, p in self.parameters.items():
                     if p in one.norms:
                         made.norms[name] = one.norms[p]
-                        shares.setdefault(name, []).append(p.summed_grad.detach())
+                        shares.setdefault(name, []).append(one.sums[p].detach())
             made.rows = {name: torch.stack(rows)[: batch.rows] for name, rows in shares.items()}
             self.clear()
             return made
@@ -68,7 +75,10 @@ class BookMode(OpacusMode):
 
     def backward(self, batch: Batch, weights: torch.Tensor | None = None) -> None:
         losses = self.losses(batch)
-        self.wrapper.backward(losses if weights is None else losses * weights, OneRow(0))
+        self.wrapper.backward(
+            losses if weights is None else losses * weights,
+            OneRow(list(self.parameters.values()), 0),
+        )
 
     def optimizer(
         self, max_grad_norm: float, denominator: int = 1, sigma: float = 0.0, lr: float = 0.0

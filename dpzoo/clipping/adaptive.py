@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from opacus.optimizers.optimizer import _generate_noise
 from torch.optim import Optimizer
 
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
@@ -20,8 +18,12 @@ class AdaptiveBookKeepingOptimizer(BookKeepingOptimizer):
     After each logical step, with b the noised share of the rows that were not clipped,
     ``C <- C exp(-clipbound_learning_rate (b - target_unclipped_quantile))``, kept between
     ``min_clipbound`` and ``max_clipbound`` (Andrew et al. 2021, arXiv 1905.03871). The arguments are
-    those of Opacus' ``clipping="adaptive"``. The share is of the expected batch size where there is
-    one: the size of a Poisson batch is itself private, and may be 0.
+    those of Opacus' ``clipping="adaptive"``. The share is of the expected batch size: the size of a
+    Poisson batch is itself private, and may be 0.
+
+    What is released is not the count of rows that were not clipped, but the sum of +1/2 for each of them
+    and -1/2 for each that was clipped. A row moves that by 1/2, as the theorem assumes; it would move the
+    count by 1.
 
     Args:
         optimizer: any torch optimizer.
@@ -34,8 +36,9 @@ class AdaptiveBookKeepingOptimizer(BookKeepingOptimizer):
         **kwargs: as for `BookKeepingOptimizer`.
 
     Raises:
-        InputError: ``min_clipbound`` is not below ``max_clipbound``; ``noise_multiplier`` is not below
-            ``2 unclipped_num_std``, so that the count alone would spend more than it.
+        InputError: there is no expected batch size; ``min_clipbound`` is not below ``max_clipbound``;
+            ``noise_multiplier`` is not below ``2 unclipped_num_std``, so that the count alone would
+            spend more than it.
 
     Guarantees:
         A step is as private as one Gaussian mechanism with ``noise_multiplier``: the gradients' noise
@@ -66,13 +69,20 @@ class AdaptiveBookKeepingOptimizer(BookKeepingOptimizer):
                 f"rows that were not clipped would cost more than the whole step may. Raise "
                 f"unclipped_num_std (a tenth of the batch size is usual)."
             )
+        if not kwargs.get("expected_batch_size"):
+            raise InputError(
+                "clipping='adaptive' got expected_batch_size=None, wanted the expected rows of a batch: "
+                "the share of rows that were not clipped is of it."
+            )
         kwargs["clipping"] = "flat"
         super().__init__(optimizer, noise_multiplier=noise_multiplier, **kwargs)
         self.target_unclipped_quantile = target_unclipped_quantile
         self.clipbound_learning_rate = clipbound_learning_rate
         self.max_clipbound, self.min_clipbound = max_clipbound, min_clipbound
         self.unclipped_num_std = unclipped_num_std
-        self._rows = self._unclipped = 0
+        self._halves = (
+            0.0  # the sum over rows of 1/2 for one that was not clipped, and -1/2 for others
+        )
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -86,32 +96,24 @@ class AdaptiveBookKeepingOptimizer(BookKeepingOptimizer):
         self, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
     ) -> dict[torch.Tensor | None, torch.Tensor]:
         factors = super().clip_factors(squared, norms)
-        self._rows += len(norms)
-        self._unclipped += int((factors[None] >= 1).sum())
+        self._halves += float((factors[None] >= 1).double().sum()) - len(norms) / 2
         return factors
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        if not self._is_last_step_skipped:
-            self._rows = self._unclipped = 0
+    def _forget(self) -> None:
+        super()._forget()
+        self._halves = 0.0
 
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        stepped = super().pre_step(closure)
-        if stepped:
-            self._move()
-        return stepped
-
-    def _move(self) -> None:
-        count = torch.tensor([float(self._unclipped)])
-        std = self.unclipped_num_std if self.noise_multiplier else 0.0
-        if self.secure_mode:
-            count += _generate_noise(std, count, generator=self.generator, secure_mode=True)
-        else:
-            self._streams.add([count], std)
-        rows = self.expected_batch_size or self._rows
-        if rows:
-            share = float(count) / rows
-            step = self.clipbound_learning_rate * (share - self.target_unclipped_quantile)
-            moved = self.max_grad_norm * math.exp(-step)
+    def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
+        """Noise for the gradients and for the count: one release, of two sums."""
+        noise, count = self.release.noise, torch.tensor([self._halves], dtype=torch.float64)
+        digest = noise.digest([*grads, count])
+        step = self.release.begin(self.noise_multiplier)
+        count_std = self.unclipped_num_std if self.noise_multiplier else 0.0
+        first = noise.add(grads, std, scale, step=step, digest=digest)
+        second = noise.add([count], count_std, step=step, digest=digest, domain="count")
+        self.release.commit(first, second)
+        if self.expected_batch_size:
+            share = float(count) / self.expected_batch_size + 0.5
+            step_size = self.clipbound_learning_rate * (share - self.target_unclipped_quantile)
+            moved = self.max_grad_norm * math.exp(-step_size)
             self.max_grad_norm = min(max(moved, self.min_clipbound), self.max_clipbound)
-        self._rows = self._unclipped = 0

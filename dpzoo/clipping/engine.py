@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+import tempfile
+import warnings
+from pathlib import Path
 from typing import Any
 
 import opacus
+import torch
+from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import nn, optim
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from dpzoo.clipping.adaptive import AdaptiveBookKeepingOptimizer
+from dpzoo.clipping.draws import Draws, count_draws
+from dpzoo.clipping.frozen import FrozenWatch, refuse_learning_buffers
 from dpzoo.clipping.loss import PrivateCriterion
 from dpzoo.clipping.module import BookKeepingHooks, BookKeepingModule
-from dpzoo.clipping.optimizer import BookKeepingOptimizer, DistributedBookKeepingOptimizer
+from dpzoo.clipping.noise import NoiseSource
+from dpzoo.clipping.optimizer import (
+    BookKeepingOptimizer,
+    DistributedBookKeepingOptimizer,
+    refuse_optimizer,
+    source_of,
+    with_release,
+)
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
+from dpzoo.ledger import Ledger
 
-NOISE_STATE = "dpzoo_noise_state"
-"""Key of a checkpoint."""
+log = logging.getLogger(__name__)
+
+RELEASE_STATE = "dpzoo_release"
+"""Key of a checkpoint: the noise's key, the run's name, its steps and the ledger's."""
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -33,10 +59,32 @@ class PrivacyEngine(opacus.PrivacyEngine):
     "automatic" (`dpzoo.clipping.optimizer.BookKeepingOptimizer`) or "adaptive", with Opacus' arguments
     for it (`dpzoo.clipping.adaptive.AdaptiveBookKeepingOptimizer`).
 
+    In every mode:
+
+    - A step is held to one draw of the returned loader (`dpzoo.clipping.draws`), under Poisson sampling.
+      ``poisson_sampling=False`` says that the caller answers for the draws.
+    - Noise comes from a secret key (`dpzoo.clipping.noise`). ``secure_mode=True`` is the same; it refuses
+      a ``noise_generator``, which would void the guarantee.
+    - Nothing but trainable parameters may change in a training forward (`dpzoo.clipping.frozen`).
+
+    Args:
+        accountant: "prv", "rdp" or "gdp" (an approximation that can be too small; it is warned about).
+        secure_mode: no generator of the user's.
+
     Guarantees:
         Each logical step adds N(0, (noise_multiplier * max_grad_norm)^2) noise, once, to a sum in
         which a row's share has norm at most ``max_grad_norm``.
     """
+
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
+        super().__init__(accountant=accountant, secure_mode=False)  # Opacus' wants torchcsprng
+        self._keyed = secure_mode
+        if accountant == "gdp":
+            warnings.warn(
+                "accountant='gdp' is a central-limit approximation, and its epsilon can be far below the "
+                "true one. Use 'prv' or 'rdp' for an epsilon that is to be stated.",
+                stacklevel=2,
+            )
 
     def make_private(
         self,
@@ -48,9 +96,36 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss_reduction: str = "mean",
         grad_sample_mode: str = "hooks",
         poisson_sampling: bool = True,
+        noise_generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `opacus.PrivacyEngine.make_private`, with ``grad_sample_mode="bk"`` among the modes."""
+        """As `opacus.PrivacyEngine.make_private`, with ``grad_sample_mode="bk"`` among the modes.
+
+        Raises:
+            InputError: the loader has a sampler that Poisson sampling would replace; a generator in
+                secure mode; an optimizer that evaluates the loss several times a step; ranks that draw
+                alike.
+            UnsupportedModelError: a layer that learns from the batch without gradients.
+        """
+        refuse_optimizer(optimizer)
+        refuse_learning_buffers(module)
+        if self._keyed and noise_generator is not None:
+            raise InputError(
+                "make_private got a noise_generator in secure mode, wanted none: whoever knows its seed "
+                "can subtract the noise. Leave it out, or make the engine with secure_mode=False."
+            )
+        if kwargs.get("clipping") == "adaptive" and grad_sample_mode != "bk":
+            raise InputError(
+                f"grad_sample_mode={grad_sample_mode!r} got clipping='adaptive', wanted mode 'bk': in the "
+                f"others a row moves the released count by 1 where the accountant assumes 1/2."
+            )
+        if poisson_sampling:
+            _refuse_sampler(data_loader)
+        else:
+            log.warning(
+                "poisson_sampling=False: epsilon is computed for Poisson draws, and the caller answers for "
+                "the draws and for the rows of each step."
+            )
         criterion = (
             nn.CrossEntropyLoss(reduction=loss_reduction) if criterion is None else criterion
         )
@@ -62,15 +137,67 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_reduction=loss_reduction,
             grad_sample_mode=grad_sample_mode,
             poisson_sampling=poisson_sampling,
+            noise_generator=noise_generator,
             **kwargs,
         )
+        private, private_optimizer, loader = made[0], made[1], made[-1]
+        # Opacus takes int() of a product that may be just below the whole number.
+        batches = len(loader)
+        rows = len(loader.dataset) // batches
+        ranks = getattr(private_optimizer, "world_size", 1)
+        private_optimizer.expected_batch_size = rows / ranks if ranks > 1 else rows
+        draws = Draws(poisson_sampling, getattr(private_optimizer, "drop", lambda: None))
+        if hasattr(private_optimizer, "release"):
+            private_optimizer.draws = draws
+            private_optimizer.release.sample_rate = 1 / batches
+            account = private_optimizer.step_hook
+
+            def pay(stepped: Any) -> None:
+                if stepped.release.was_new:  # the same step, done again, tells nothing new
+                    account(stepped)
+
+            private_optimizer.attach_step_hook(pay)
+        FrozenWatch(module, getattr(private_optimizer, "drop", lambda: None))
+        if poisson_sampling:
+            if isinstance(loader.dataset[0], dict) or grad_sample_mode == "bk":
+                prime_empty_batches(loader)
+            count_draws(loader, draws)
+        _refuse_equal_ranks(private_optimizer)
         if grad_sample_mode != "bk":
+            if len(made) == 4:
+                _count_ghost_rows(made[2], draws)
             return made
-        private, private_optimizer, loader = made
         private_criterion = PrivateCriterion(private, private_optimizer, criterion, loss_reduction)
-        if poisson_sampling and isinstance(loader.dataset[0], dict):
-            prime_empty_batches(loader)
         return private, private_optimizer, private_criterion, loader
+
+    def make_private_with_epsilon(self, **kwargs: Any) -> Any:
+        """As `opacus.PrivacyEngine.make_private_with_epsilon`.
+
+        Raises:
+            InputError: ``target_epsilon`` is not positive, ``target_delta`` is not between 0 and 1 (at
+                most 1 / rows is usual), there are fewer than two rows; otherwise as `make_private`.
+        """
+        delta, epsilon = kwargs.get("target_delta"), kwargs.get("target_epsilon")
+        _check_delta("target_delta", delta)
+        if not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
+            raise InputError(f"target_epsilon={epsilon!r}, wanted a positive number, such as 8.0.")
+        loader = kwargs.get("data_loader")
+        if loader is not None and len(loader.dataset) < 2:
+            raise InputError(
+                f"The data set has {len(loader.dataset)} row, wanted at least 2: no batch hides one row."
+            )
+        return super().make_private_with_epsilon(**kwargs)
+
+    def get_epsilon(self, delta: float) -> float:
+        """Epsilon spent so far, at ``delta``; 0 before the first step.
+
+        Raises:
+            InputError: ``delta`` is not between 0 and 1.
+        """
+        _check_delta("delta", delta)
+        if not len(self.accountant):
+            return 0.0
+        return max(0.0, float(super().get_epsilon(delta)))
 
     def _prepare_model(
         self,
@@ -84,7 +211,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return super()._prepare_model(
                 module, grad_sample_mode=grad_sample_mode, wrap_model=wrap_model, **kwargs
             )
-        self.validate(module=module, optimizer=None, data_loader=None)
+        if not module.training:
+            raise InputError(
+                f"{type(module).__name__} is in eval mode, wanted a model that trains: call "
+                f"model.train() before make_private."
+            )
         if isinstance(module, BookKeepingModule):
             return module
         kwargs.pop("max_grad_norm", None)  # the optimizer's
@@ -99,17 +230,20 @@ class PrivacyEngine(opacus.PrivacyEngine):
         grad_sample_mode: str = "hooks",
         **kwargs: Any,
     ) -> Any:
+        noise = source_of(noise_generator)
         if grad_sample_mode != "bk":
-            return super()._prepare_optimizer(
+            made = super()._prepare_optimizer(
                 optimizer=optimizer,
                 distributed=distributed,
-                noise_generator=noise_generator,
+                noise_generator=None,
                 grad_sample_mode=grad_sample_mode,
                 **kwargs,
             )
+            if any(type(p).__name__ == "DTensor" for p in made.params):
+                return made  # sharded gradients have the noise of their own ranks
+            return with_release(made, noise, counts_samples="ghost" not in grad_sample_mode)
         if isinstance(optimizer, opacus.optimizers.DPOptimizer):
             optimizer = optimizer.original_optimizer
-        generator = self.secure_rng if self.secure_mode else noise_generator
         kind: type[BookKeepingOptimizer] = BookKeepingOptimizer
         if kwargs.get("clipping") == "adaptive":
             if distributed:
@@ -120,7 +254,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             kind = AdaptiveBookKeepingOptimizer
         elif distributed:
             kind = DistributedBookKeepingOptimizer
-        return kind(optimizer, generator=generator, secure_mode=self.secure_mode, **kwargs)
+        return kind(optimizer, noise=noise, **kwargs)
 
     def save_checkpoint(
         self,
@@ -131,35 +265,183 @@ class PrivacyEngine(opacus.PrivacyEngine):
         checkpoint_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As Opacus', with the state of the noise where the optimizer is one of mode "bk".
+        """As Opacus', with what the noise of the coming steps depends on, written aside and renamed.
 
-        Whoever reads the file can compute the noise of the coming steps: keep it as the data are kept.
-        """
-        saved = dict(checkpoint_dict or {})
-        if isinstance(optimizer, BookKeepingOptimizer):
-            saved[NOISE_STATE] = optimizer.noise_state()
-        super().save_checkpoint(
-            path=path, module=module, optimizer=optimizer, checkpoint_dict=saved, **kwargs
-        )
-
-    def load_checkpoint(
-        self, *, path: Any, module: nn.Module, optimizer: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As Opacus'; an optimizer of mode "bk" goes on with the noise that would have come.
+        Beside the file, ``PATH.ledger`` has the steps that were begun since: a run that goes on from the
+        file owes them. Whoever reads the file can compute the noise of the coming steps: it is readable
+        by its owner only; keep it as the data are kept.
 
         Raises:
-            InputError: the optimizer is one of mode "bk", and the file has no noise state or another
-                kind of it.
+            OSError: it could not be written; what was there before stands.
         """
-        loaded: dict[str, Any] = super().load_checkpoint(
-            path=path, module=module, optimizer=optimizer, **kwargs
-        )
-        state = loaded.pop(NOISE_STATE, None)
-        if isinstance(optimizer, BookKeepingOptimizer):
+        saved = dict(checkpoint_dict or {})
+        release = getattr(optimizer, "release", None)
+        if release is not None:
+            state = (
+                optimizer.noise_state()
+                if isinstance(optimizer, BookKeepingOptimizer)
+                else {"release": release.state()}
+            )
+            ledger = release.watched_by(Ledger(f"{os.fspath(path)}.ledger"))
+            state["head"] = ledger.head if ledger.path.exists() else None
+            saved[RELEASE_STATE] = state
+        target = Path(path)
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)  # its mode is 0600
+        try:
+            super().save_checkpoint(
+                path=aside, module=module, optimizer=optimizer, checkpoint_dict=saved, **kwargs
+            )
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+    def load_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: nn.Module,
+        optimizer: Any = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """As Opacus', but a file that holds anything but tensors, numbers, texts and lists is refused.
+
+        An optimizer that this engine made goes on with the run: a step with the sums that it had gets the
+        noise that it had, and costs nothing; with any other it gets other noise, and costs a step. Steps
+        that were begun after the checkpoint was written are paid for at once.
+
+        Raises:
+            InputError: reading the file would run code, or it is no checkpoint; it has no state of the
+                noise; its ledger is gone or not the one that it was written with.
+        """
+        options = {**(torch_load_kwargs or {}), "weights_only": True}
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, **options)
+            weights, account = (
+                checkpoint[f"{key}_state_dict"] for key in ("module", "privacy_accountant")
+            )
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{path} is no checkpoint that can be read without running code in it "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}), wanted one that "
+                f"save_checkpoint wrote."
+            ) from error
+        state = checkpoint.pop(RELEASE_STATE, None)
+        release = getattr(optimizer, "release", None)
+        ledger = Ledger(f"{os.fspath(path)}.ledger")
+        if release is not None:
             if state is None:
                 raise InputError(
-                    f"{path} has no noise state, wanted a checkpoint that was saved in "
-                    f"grad_sample_mode='bk'. To go on from another mode, load it without the optimizer."
+                    f"{path} has no noise state, wanted a checkpoint that this engine saved with its "
+                    f"optimizer. To go on from another one, load it without the optimizer: the two runs' "
+                    f"epsilons then add up."
                 )
-            optimizer.load_noise_state(state)
-        return loaded
+            head = state.pop("head")
+            if head is not None:
+                ledger.require(state["release"]["run"], head)
+        module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
+        self.accountant.load_state_dict(account)
+        for key, own in (
+            ("optimizer", optimizer),
+            ("noise_scheduler", noise_scheduler),
+            ("grad_clip_scheduler", grad_clip_scheduler),
+        ):
+            saved = checkpoint.pop(f"{key}_state_dict", None)
+            if (own is None) != (saved is None):
+                warnings.warn(
+                    f"{path} has {'no' if saved is None else 'a'} state of the {key}, and "
+                    f"{'none' if own is None else 'one'} was given: it is not restored.",
+                    stacklevel=2,
+                )
+            elif saved is not None:
+                own.load_state_dict(saved)
+        if release is not None:
+            if isinstance(optimizer, BookKeepingOptimizer):
+                optimizer.load_noise_state(state)
+            else:
+                release.load_state(state["release"])
+            release.watched_by(ledger)
+            paid = ledger.paid(release.run, after=release.steps) if ledger.path.exists() else []
+            self.accountant.history.extend(paid)
+            if paid:
+                log.warning(
+                    "%d steps were begun after %s was written: they are paid for.",
+                    sum(count for _, _, count in paid),
+                    path,
+                )
+        return checkpoint
+
+
+def _check_delta(name: str, delta: Any) -> None:
+    if not isinstance(delta, (int, float)) or not 0 < delta < 1:
+        raise InputError(
+            f"{name}={delta!r}, wanted a number between 0 and 1, below 1 / rows of the data set."
+        )
+
+
+def _refuse_sampler(loader: DataLoader[Any]) -> None:
+    """Raise for what Poisson sampling would replace."""
+    if isinstance(loader.dataset, IterableDataset):
+        return  # Opacus says so
+    known = (RandomSampler, SequentialSampler)
+    sampler, batches = loader.sampler, loader.batch_sampler
+    drawn = isinstance(sampler, RandomSampler) and (
+        sampler.replacement or sampler.num_samples != len(sampler.data_source)
+    )
+    odd = type(sampler) not in known or drawn
+    private = type(batches).__module__.startswith(("opacus.", "dpzoo."))
+    if private:
+        return
+    if odd or (batches is not None and type(batches) is not BatchSampler):
+        which = batches if batches is not None and type(batches) is not BatchSampler else sampler
+        raise InputError(
+            f"The data_loader has a {type(which).__name__}, and Poisson sampling would replace it: each "
+            f"row would be drawn with one and the same probability. Wanted a loader with shuffle=True or "
+            f"False and no sampler. Weight the rows in the loss instead, or call "
+            f"make_private(poisson_sampling=False) and answer for the accounting yourself."
+        )
+
+
+def _count_ghost_rows(criterion: Any, draws: Draws) -> None:
+    """Have the losses of Opacus' ghost criterion tell their rows when they are backpropagated."""
+
+    class Counted(type(criterion)):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            loss: DPTensorFastGradientClipping = super().__call__(*args, **kwargs)
+            backward = loss.backward
+
+            def counted(*given: Any, **options: Any) -> Any:
+                draws.take(len(loss.loss_per_sample))
+                return backward(*given, **options)
+
+            loss.backward = counted  # type: ignore[method-assign]
+            return loss
+
+    Counted.__name__ = type(criterion).__name__
+    criterion.__class__ = Counted
+
+
+def _refuse_equal_ranks(optimizer: Any) -> None:
+    """Raise where two processes would draw the same rows."""
+    ranks = getattr(optimizer, "world_size", 1)
+    if ranks == 1 or not torch.distributed.is_initialized():
+        return
+    seen: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(seen, torch.initial_seed())
+    if len(set(seen)) < ranks:
+        raise InputError(
+            f"Ranks have equal seeds ({sorted(seen)}), so that they draw the same rows together, and "
+            f"epsilon is not that of independent draws. Wanted another seed in each: call "
+            f"torch.manual_seed(seed + rank), or set none."
+        )
+
+
+__all__ = ["NoiseSource", "PrivacyEngine"]

@@ -18,15 +18,28 @@ class PrivateLoss:
         losses: (rows,).
     """
 
-    def __init__(self, criterion: PrivateCriterion, losses: torch.Tensor) -> None:
+    def __init__(
+        self, criterion: PrivateCriterion, losses: torch.Tensor, spent: list[bool] | None = None
+    ) -> None:
         self.criterion = criterion
         self.loss_per_sample = losses
+        self._spent = [False] if spent is None else spent  # shared by what is computed from it
 
     def backward(self) -> None:
-        """Add the clipped sum of the rows' gradients to the parameters' sums.
+        """Add the clipped sum of the rows' gradients to the optimizer's sums.
 
-        Several calls before a step add up: micro-batches need nothing else.
+        The parts of one draw add up: call it for each of them, and then the optimizer's step.
+
+        Raises:
+            InputError: it was called before, on this loss or on one that this is computed from; otherwise
+                as `dpzoo.clipping.module.BookKeepingHooks.backward` and `dpzoo.clipping.draws`.
         """
+        if self._spent[0]:
+            raise InputError(
+                "backward() was called twice on one private loss, wanted once: its rows would count twice. "
+                "Compute the loss once more from another forward pass of the next draw's rows."
+            )
+        self._spent[0] = True
         self.criterion.module.backward(self.loss_per_sample, self.criterion.optimizer)
 
     def detach(self) -> torch.Tensor:
@@ -41,13 +54,28 @@ class PrivateLoss:
         return float(self.detach())
 
     def _with(self, losses: torch.Tensor) -> PrivateLoss:
-        return PrivateLoss(self.criterion, losses)
+        return PrivateLoss(self.criterion, losses, self._spent)
 
     def _values(self, other: Any) -> Any:
+        rows = tuple(self.loss_per_sample.shape)
         if isinstance(other, PrivateLoss):
             if other.criterion.loss_reduction != self.criterion.loss_reduction:
-                raise InputError("Cannot combine losses with different reductions.")
-            return other.loss_per_sample
+                raise InputError(
+                    f"Losses of reductions {self.criterion.loss_reduction!r} and "
+                    f"{other.criterion.loss_reduction!r} were combined, wanted one reduction."
+                )
+            if self._spent[0] or other._spent[0]:
+                raise InputError(
+                    "A private loss was combined with one whose backward() was called."
+                )
+            other._spent = self._spent
+            other = other.loss_per_sample
+        if isinstance(other, torch.Tensor) and other.requires_grad and tuple(other.shape) != rows:
+            raise InputError(
+                f"A private loss of {rows[0]} rows was combined with a tensor of shape "
+                f"{tuple(other.shape)} that needs a gradient, wanted one value for each row, ({rows[0]},): "
+                f"a loss of the whole batch has no per-row gradient. Add each row's own part."
+            )
         return other
 
     def __add__(self, other: Any) -> PrivateLoss:
@@ -59,15 +87,15 @@ class PrivateLoss:
         return self._with(self.loss_per_sample - self._values(other))
 
     def __rsub__(self, other: Any) -> PrivateLoss:
-        return self._with(other - self.loss_per_sample)
+        return self._with(self._values(other) - self.loss_per_sample)
 
     def __mul__(self, factor: Any) -> PrivateLoss:
-        return self._with(self.loss_per_sample * factor)
+        return self._with(self.loss_per_sample * self._values(factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> PrivateLoss:
-        return self._with(self.loss_per_sample / divisor)
+        return self._with(self.loss_per_sample / self._values(divisor))
 
     def __neg__(self) -> PrivateLoss:
         return self._with(-self.loss_per_sample)

@@ -81,6 +81,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         self._names = trained
         self._recorder = recorder = Recorder(self, rows)
+        recorder.part = next((t for t in tensors if t.ndim and len(t) == rows), None)
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         for tensor in tensors:
@@ -145,12 +146,20 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"for each row. dpzoo.ModelLoss() takes a model's outputs; for flat token losses pass "
                 f"shape=logits.shape."
             )
-        named = [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
-        _refuse_hooks(named)
-        self._names = {id(p): n for n, p in named}
-        book = self._record(losses, [p for _, p in named])
-        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-            self._settle(book, losses, optimizer)
+        try:
+            named = [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
+            _refuse_hooks(named)
+            self._names = {id(p): n for n, p in named}
+            book = self._record(losses, [p for _, p in named])
+            part = None if self._recorder is None else self._recorder.part
+            with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+                made = optimizer.add_rows(book, named, part)
+        except BaseException:
+            optimizer.drop()  # nothing, rather than a part
+            optimizer.draws.abandon()
+            raise
+        self._norms, self._factors, left_out = made
+        self.nonfinite_rows += left_out
 
     def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor]) -> Book:
         rows = len(losses)
@@ -186,24 +195,6 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 self._verifying = False
             self._verified.add(known)
         return book
-
-    def _settle(self, book: Book, losses: torch.Tensor, optimizer: BookKeepingOptimizer) -> None:
-        squared = book.squared_norms()
-        zeros = torch.zeros(book.rows, device=losses.device)
-        total = torch.stack(list(squared.values())).sum(0) if squared else zeros
-        finite = total.isfinite()
-        factors = optimizer.clip_factors(squared, total.sqrt())
-        self._norms, self._factors = total.sqrt(), factors.get(None)
-        kept = None
-        if not bool(finite.all()):
-            self.nonfinite_rows += int((~finite).sum())
-            kept = finite
-        for parameter in squared:
-            weights = factors[parameter if parameter in factors else None]
-            total_grad = book.close(
-                parameter, weights, kept, getattr(parameter, "summed_grad", None)
-            )
-            setattr(parameter, "summed_grad", total_grad)  # noqa: B010
 
     # --- reading, not private -------------------------------------------------------------------
 

@@ -2,18 +2,94 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from opacus.optimizers import DPOptimizerFastGradientClipping
-from opacus.optimizers.optimizer import _generate_noise
-from torch.optim import Optimizer
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from torch.optim import LBFGS, Optimizer
 
-from dpzoo.clipping.noise import NoiseStreams
+from dpzoo.clipping.draws import Draws
+from dpzoo.clipping.noise import NoiseSource
 from dpzoo.errors import InputError
+from dpzoo.factors import upcast
+from dpzoo.ledger import Ledger
+
+if TYPE_CHECKING:
+    from dpzoo.clipping.book import Book
 
 CLIPPINGS = ("flat", "per_layer", "automatic")
+
+
+class Release:
+    """Numbers and names the steps of a run, and enters them in its ledger.
+
+    Args:
+        noise: the source of the noise.
+    """
+
+    def __init__(self, noise: NoiseSource) -> None:
+        self.noise = noise
+        self.run = secrets.token_hex(8)
+        self.steps = 0
+        self.sample_rate = 1.0
+        self.was_new = True
+        """Whether the last step was one that has not been paid for yet."""
+        self._ledgers: dict[str, Ledger] = {}
+
+    def watched_by(self, ledger: Ledger) -> Ledger:
+        """Enter the coming steps in a ledger, too; the ledger of that path."""
+        return self._ledgers.setdefault(str(ledger.path.absolute()), ledger)
+
+    def begin(self, noise_multiplier: float) -> int:
+        """A step is taken; its number, from 1 on."""
+        self.steps += 1
+        for ledger in self._ledgers.values():
+            ledger.begin(
+                self.run,
+                self.steps,
+                noise_multiplier=float(noise_multiplier),
+                sample_rate=self.sample_rate,
+            )
+        return self.steps
+
+    def commit(self, *names: bytes) -> None:
+        """Its noise is drawn, and named."""
+        digest = b"".join(names).hex()
+        new = [ledger.commit(self.run, self.steps, digest) for ledger in self._ledgers.values()]
+        self.was_new = all(new)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on with. SECRET for as long as the data are: it has the noise's key."""
+        return {"noise": self.noise.state(), "run": self.run, "steps": self.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            InputError: it is not such a state.
+        """
+        if not isinstance(state, dict) or set(state) != {"noise", "run", "steps"}:
+            raise InputError(
+                "The noise state is not one that this version of dpzoo wrote, wanted the run's name, its "
+                "steps and the key of its noise. Resume with the dpzoo that wrote the checkpoint."
+            )
+        self.noise.load_state(state["noise"])
+        self.run, self.steps = str(state["run"]), int(state["steps"])
+
+
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Raise for optimizers that evaluate the loss several times a step.
+
+    Raises:
+        InputError: it is LBFGS.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise InputError(
+            "The optimizer is LBFGS, which evaluates the loss several times in a step: each time would be "
+            "one more look at the data. Wanted one that steps on one gradient, such as SGD or AdamW."
+        )
 
 
 class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
@@ -25,16 +101,22 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         max_grad_norm: C; for "per_layer" a list, one for each parameter of the optimizer.
         expected_batch_size: what the sum is divided by for "mean".
         loss_reduction: "mean" or "sum".
-        generator: source of the noise; see `dpzoo.clipping.noise`.
-        secure_mode: noise as Opacus' secure mode makes it.
+        generator: a torch generator that fixes the noise: for experiments, it voids the guarantee. By
+            default the noise has a secret key; see `dpzoo.clipping.noise`.
+        secure_mode: allows no ``generator``; the noise is the default's.
+        noise: the source of the noise, instead of both.
         clipping: "flat": min(1, C / (norm + 1e-6)). "per_layer": the same of each parameter by
             itself. "automatic": C / (norm + gamma), every row brought to (almost) norm C (Bu et al.
             2022, arXiv 2206.07136). "adaptive" is `dpzoo.clipping.adaptive`'s.
         gamma: of automatic clipping.
 
+    The sums of a step are the optimizer's own: ``sums``. A parameter's ``summed_grad`` shows its sum, for
+    reading. They are dropped when an exception comes between, when the loader begins again, and when the
+    set of trained parameters changes.
+
     Guarantees:
         Noise is added once per logical step, to every trainable parameter, whether or not a gradient
-        reached it.
+        reached it. What it is added to are the clipped rows of one draw, each once.
     """
 
     def __init__(
@@ -49,8 +131,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         secure_mode: bool = False,
         clipping: str = "flat",
         gamma: float = 0.01,
+        noise: NoiseSource | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_optimizer(optimizer)
         if clipping not in CLIPPINGS:
             raise InputError(
                 f"grad_sample_mode='bk' got clipping={clipping!r}, wanted one of {CLIPPINGS}."
@@ -77,7 +161,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             secure_mode=secure_mode,
             **kwargs,
         )
-        self._streams = NoiseStreams(generator)
+        self.release = Release(source_of(generator) if noise is None else noise)
+        self.draws = Draws(strict=False)
+        self.sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._trained: frozenset[int] = frozenset()  # the parameters of the present sums
         self._clipped_at = 0.0  # the largest norm that a row of the present sums may have
 
     @property
@@ -86,43 +173,87 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         return self.noise_multiplier
 
     def noise_state(self) -> dict[str, Any]:
-        """What the noise of the coming steps depends on: secret, as long as the run's data are.
-
-        Empty in secure mode, whose noise cannot be drawn a second time.
-        """
-        if self.secure_mode:
-            return {}
-        own = self.generator
-        return {
-            "streams": self._streams.state(),
-            "generator": None if own is None else own.get_state(),
-            "max_grad_norm": float(self.max_grad_norm),
-        }
+        """What the noise of the coming steps depends on: secret, as long as the run's data are."""
+        return {"release": self.release.state(), "max_grad_norm": float(self.max_grad_norm)}
 
     def load_noise_state(self, state: dict[str, Any]) -> None:
-        """Go on where `noise_state` was taken: the noise that comes is the one that would have come.
+        """Go on where `noise_state` was taken: equal sums get the noise that they would have got.
 
         Raises:
-            InputError: the state has a generator's and this optimizer has none, or the reverse; or
-                exactly one of the two is in secure mode.
+            InputError: it is not such a state.
         """
-        if self.secure_mode != (not state):
+        if not isinstance(state, dict) or set(state) != {"release", "max_grad_norm"}:
             raise InputError(
-                f"The noise state is one {'of' if not state else 'without'} secure mode, wanted one "
-                f"{'without' if not state else 'of'} it: make the engine as the saved one was made."
+                "The noise state is not one that this version of dpzoo wrote, wanted a release and a "
+                "max_grad_norm. Resume with the dpzoo that wrote the checkpoint."
             )
-        if not state:
-            return
-        if (state["generator"] is None) != (self.generator is None):
+        self.release.load_state(state["release"])
+        self.max_grad_norm = float(state["max_grad_norm"])
+
+    # --- sums -----------------------------------------------------------------------------------
+
+    def add_rows(self, book: Book, named: list[tuple[str, torch.Tensor]], part: Any = None) -> Any:
+        """Add the clipped rows of a backward pass to the sums.
+
+        Args:
+            book: what the backward pass recorded.
+            named: (name, parameter) of all that are trained.
+            part: the batch's first tensor, (rows, ...), or None.
+
+        Returns:
+            (norms, clip factors or None for several), (rows,) each, and how many rows were left out
+            because their gradient is not finite.
+
+        Raises:
+            InputError: a trained parameter is not the optimizer's; the set of trained parameters changed
+                since the draw's first part; the rows are not the draw's (`dpzoo.clipping.draws`).
+        """
+        own = {id(p) for p in self._all_parameters()}
+        lost = [name for name, p in named if id(p) not in own]
+        if lost:
             raise InputError(
-                f"The noise state has {'no' if state['generator'] is None else 'a'} generator's "
-                f"state, and make_private got noise_generator={self.generator!r}. Wanted both or "
-                f"neither: make the engine as the saved one was made."
+                f"{lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''} of the model's trained "
+                f"parameters are not in the private optimizer, wanted all: rows are clipped by the norm of "
+                f"what is trained. Freeze them (requires_grad_(False)), or add them to the optimizer "
+                f"before make_private. Two optimizers of one model are not supported: use parameter groups."
             )
-        self._streams.load_state(state["streams"])
-        if self.generator is not None:
-            self.generator.set_state(state["generator"])
-        self.max_grad_norm = state["max_grad_norm"]
+        trained = frozenset(id(p) for _, p in named)
+        if self.sums and trained != self._trained:
+            self.drop()
+            raise InputError(
+                "Parameters were frozen or unfrozen between two parts of one draw, wanted the same to be "
+                "trained in all of them. Change what is trained between steps. The sums are dropped."
+            )
+        self.draws.take(book.rows, part)
+        self._trained = trained
+        squared = book.squared_norms()
+        device = next((v.device for v in squared.values()), torch.device("cpu"))
+        total = (
+            torch.stack([v.to(device) for v in squared.values()]).sum(0)
+            if squared
+            else torch.zeros(book.rows, device=device)
+        )
+        factors = self.clip_factors(squared, total.sqrt())
+        finite = total.isfinite()
+        kept = None if bool(finite.all()) else finite
+        for parameter in squared:
+            weights = factors[parameter if parameter in factors else None].to(parameter.device)
+            here = None if kept is None else kept.to(parameter.device)
+            self.sums[parameter] = book.close(parameter, weights, here, self.sums.get(parameter))
+            setattr(parameter, "summed_grad", self.sums[parameter])  # noqa: B010
+        return total.sqrt(), factors.get(None), int((~finite).sum())
+
+    def drop(self) -> None:
+        """Forget the sums, and what a `BatchMemoryManager` has announced."""
+        self._forget()
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+
+    def _forget(self) -> None:
+        for parameter in self.sums:
+            setattr(parameter, "summed_grad", None)  # noqa: B010
+        self.sums.clear()
+        self._trained, self._clipped_at = frozenset(), 0.0
 
     def clip_factors(
         self, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
@@ -145,19 +276,41 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         return {None: _clipped(self.max_grad_norm, norms)}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and the sums of a logical batch that is over.
+        """Clear gradients; and the sums, unless a draw's earlier parts were stepped over.
 
         Args:
             set_to_none: free ``grad`` (as in torch.optim, and unlike Opacus, the default): the sums
                 of the next batch are new tensors, beside which zeros would be kept for nothing.
         """
-        super().zero_grad(set_to_none)
+        if not self._is_last_step_skipped and self.sums:
+            self.draws.abandon()
+            self._forget()
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """A private step.
+
+        Raises:
+            InputError: a closure is given; the rows that came are not those of one draw.
+        """
+        if closure is not None:
+            raise InputError(
+                "The private optimizer's step() got a closure, wanted none: call backward() before it."
+            )
+        return super().step()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale the sums, unless the step is one of a logical batch's earlier parts."""
         if self._check_skip_next_step():
             self._is_last_step_skipped = True
             return False
+        self.draws.finish()
+        if self.sums and self._trained != frozenset(id(p) for p in self.params):
+            self.drop()
+            raise InputError(
+                "Parameters were frozen or unfrozen between backward() and step(), wanted the same to be "
+                "trained in both. Change what is trained between steps. The sums are dropped."
+            )
         self.add_noise()
         if self.step_hook:
             self.step_hook(self)
@@ -165,50 +318,134 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         return True
 
     def add_noise(self) -> None:
-        """Turn every ``summed_grad``, in place, into the noised and scaled ``grad``."""
+        """Turn the sums, in place, into the noised and scaled gradients."""
         grads = []
         for parameter in self.params:
-            total = getattr(parameter, "summed_grad", None)
+            total = self.sums.get(parameter)
             if total is None:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
-                total = torch.zeros_like(parameter, dtype=dtype)
+                total = torch.zeros_like(
+                    parameter, dtype=dtype, memory_format=torch.contiguous_format
+                )
             grads.append(total)
         # A scheduler may have changed max_grad_norm since the rows were clipped.
         clipped_at = max(self._clipped_at, self.max_grad_norm)
-        self._noise_in_place(grads, self.gradient_noise_multiplier * clipped_at)
-        self._clipped_at = 0.0
+        std = self.gradient_noise_multiplier * clipped_at
+        scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
+        self._noise_in_place(grads, std, scale)
+        self._forget()
         for parameter, grad in zip(self.params, grads, strict=True):
             # Rounded to the parameter's dtype after the noise, not before: that is post-processing.
             parameter.grad = grad.to(parameter.dtype).view_as(parameter)
-            parameter.summed_grad = None
 
-    def _noise_in_place(self, grads: list[torch.Tensor], std: float) -> None:
-        scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
-        if self.secure_mode:
-            for grad in grads:
-                noise = _generate_noise(std, grad, generator=self.generator, secure_mode=True)
-                grad.add_(noise).mul_(scale)
-        else:
-            self._streams.add(grads, std, scale)
+    def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
+        step = self.release.begin(self.noise_multiplier)
+        self.release.commit(self.release.noise.add(grads, std, scale, step=step))
 
     def _all_parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
 
 class DistributedBookKeepingOptimizer(BookKeepingOptimizer):
-    """`BookKeepingOptimizer` for one of several processes: noise on rank 0, sums over all ranks."""
+    """`BookKeepingOptimizer` for one of several processes: sums over all ranks, and noise on rank 0."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
 
-    def _noise_in_place(self, grads: list[torch.Tensor], std: float) -> None:
-        super()._noise_in_place(grads, std if self.rank == 0 else 0.0)
+    def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
+        if self.loss_reduction == "mean":
+            scale /= self.world_size
         for grad in grads:
             torch.distributed.all_reduce(grad)
-            if self.loss_reduction == "mean":
-                grad.div_(self.world_size)
+        # Noise is a function of the whole sums: it is drawn once, and sent to the others.
+        if self.rank == 0:
+            super()._noise_in_place(grads, std, scale)
+        else:
+            self.release.begin(self.noise_multiplier)
+        for grad in grads:
+            torch.distributed.broadcast(grad, 0)
+
+
+class OpacusStep:
+    """Mixed into the optimizers of Opacus' modes: the draws are counted, and the noise has a secret key."""
+
+    release: Release
+    draws: Draws
+    counts_samples: bool
+
+    def clip_and_accumulate(self) -> None:
+        """As Opacus'; the rows of the per-sample gradients are those of the draw."""
+        if self.counts_samples:
+            for parameter in self.params:  # type: ignore[attr-defined]
+                sample = getattr(parameter, "grad_sample", None)
+                if sample is not None:
+                    parts = sample if isinstance(sample, list) else [sample]
+                    self.draws.take(sum(len(part) for part in parts))
+                    break
+        super().clip_and_accumulate()  # type: ignore[misc]
+
+    def step(self, closure: Any = None) -> Any:
+        """As Opacus', without a closure."""
+        if closure is not None:
+            raise InputError(
+                "The private optimizer's step() got a closure, wanted none: call backward() before it."
+            )
+        return super().step()  # type: ignore[misc]
+
+    def add_noise(self) -> None:
+        """As Opacus', with noise from the release's source."""
+        own: Any = self
+        self.draws.finish()
+        adjusted = getattr(own, "_adjusted_noise_multiplier", None)
+        sigma = own.noise_multiplier
+        std = float((sigma if adjusted is None else adjusted) * own.max_grad_norm)
+        own.noise_multiplier = 0.0
+        if adjusted is not None:
+            own._adjusted_noise_multiplier = 0.0
+        try:
+            super().add_noise()  # type: ignore[misc]
+        finally:
+            own.noise_multiplier = sigma
+            if adjusted is not None:
+                own._adjusted_noise_multiplier = adjusted
+        if getattr(own, "rank", 0) != 0:
+            return
+        step = self.release.begin(sigma)
+        whole = [upcast(p.grad) for p in own.params]
+        # One process's part does not determine the sum of all: its noise is fresh at each step.
+        digest = secrets.token_bytes(32) if hasattr(own, "rank") else None
+        self.release.commit(self.release.noise.add(whole, std, step=step, digest=digest))
+        for parameter, grad in zip(own.params, whole, strict=True):
+            parameter.grad = grad.to(parameter.grad.dtype)
+
+    def drop(self) -> None:
+        """Forget the sums, and what a `BatchMemoryManager` has announced."""
+        own: Any = self
+        for parameter in own.params:
+            parameter.summed_grad = None
+            parameter.grad_sample = None
+        own._step_skip_queue.clear()
+        own._is_last_step_skipped = False
+
+
+def with_release(
+    optimizer: DPOptimizer, noise: NoiseSource, *, counts_samples: bool
+) -> DPOptimizer:
+    """An optimizer of one of Opacus' modes, with `OpacusStep` in front of its class."""
+    optimizer.__class__ = type(type(optimizer).__name__, (OpacusStep, type(optimizer)), {})
+    optimizer.release, optimizer.draws = Release(noise), Draws(strict=False)
+    optimizer.counts_samples = counts_samples
+    return optimizer
+
+
+def source_of(generator: torch.Generator | None) -> NoiseSource:
+    """The source of the noise: a secret key, or what a user's generator gives, which a log line says."""
+    if generator is None:
+        return NoiseSource()
+    drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
+    return NoiseSource.insecure(int(drawn))
 
 
 def _clipped(max_grad_norm: float, norms: torch.Tensor) -> torch.Tensor:

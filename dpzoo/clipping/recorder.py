@@ -105,6 +105,8 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Any] = []
         """What met what, in which layout: equal for two batches that are recorded in the same way."""
         self.guessed = False
+        self.part: torch.Tensor | None = None
+        """The first tensor of the batch, (rows, ...)."""
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
         self._classes: dict[Any, bool] = {}
 
@@ -298,7 +300,11 @@ class Recorder(TorchFunctionMode):
                 raise Unknown
             else:
                 for x in rowed:
-                    found = shifted(getattr(x, MARK)[1], x, target)
+                    own = getattr(x, MARK)[1]
+                    if isinstance(own, Mixed):
+                        self.mark(target, own)
+                        return
+                    found = shifted(own, x, target)
         except Unknown:
             found = None
         if found is None:

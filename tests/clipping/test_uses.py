@@ -11,14 +11,21 @@ from torch.utils.checkpoint import checkpoint
 
 import dpzoo
 from dpzoo.clipping.module import BookKeepingHooks
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
 Batch = dict[str, torch.Tensor]
 
 
-class OneRow:
+class OneRow(BookKeepingOptimizer):
     """An optimizer that takes one row's gradient whole, and the others not at all."""
 
-    def __init__(self, row: int) -> None:
+    def __init__(self, model: nn.Module, row: int = 0) -> None:
+        super().__init__(
+            torch.optim.SGD(model.parameters(), lr=0.0),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=1,
+        )
         self.row = row
         self.norms: dict[torch.Tensor, torch.Tensor] = {}
 
@@ -55,15 +62,13 @@ def assert_exact(model: nn.Module, batch: Batch, tolerance: float = 1e-10) -> Bo
     wanted = row_gradients(model, batch)
     watched = BookKeepingHooks(model)
     for i, alone in enumerate(wanted):
-        for p in model.parameters():
-            p.summed_grad = None  # type: ignore[attr-defined]
-        one = OneRow(i)
-        watched.backward(loss_of(model(**batch)), one)  # type: ignore[arg-type]
+        one = OneRow(model, i)
+        watched.backward(loss_of(model(**batch)), one)
         scale = sum(float(g.square().sum()) for g in alone.values()) ** 0.5
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
-            got = p.summed_grad if p.summed_grad is not None else torch.zeros_like(p)  # type: ignore[attr-defined]
+            got = one.sums.get(p, torch.zeros_like(p))
             want = alone.get(name, torch.zeros_like(p))
             assert float((got - want).norm()) <= tolerance * scale, (name, i)
             if name in alone:
@@ -603,10 +608,10 @@ def test_refused(name: str, rows: int) -> None:
     for p in model.parameters():
         with torch.no_grad():
             p.copy_(torch.randn_like(p))
-    watched = BookKeepingHooks(model)
+    watched, taken = BookKeepingHooks(model), OneRow(model)
     with pytest.raises(dpzoo.DpzooError, match=says):
-        watched.backward(loss_of(model(x=floats(rows, SEQ, DIM))), OneRow(0))  # type: ignore[arg-type]
-    assert all(p.summed_grad is None for p in model.parameters())  # type: ignore[attr-defined]
+        watched.backward(loss_of(model(x=floats(rows, SEQ, DIM))), taken)
+    assert not taken.sums
 
 
 def test_gradient_hooks_on_parameters_are_refused() -> None:
@@ -614,7 +619,7 @@ def test_gradient_hooks_on_parameters_are_refused() -> None:
     model.layer.weight.register_hook(lambda grad: grad * 2)
     watched = BookKeepingHooks(model)
     with pytest.raises(dpzoo.UnsupportedModelError, match=r"layer\.weight has a gradient hook"):
-        watched.backward(loss_of(model(floats(ROWS, SEQ, DIM))), OneRow(0))  # type: ignore[arg-type]
+        watched.backward(loss_of(model(floats(ROWS, SEQ, DIM))), OneRow(model, 0))
 
 
 def test_a_model_is_made_private_once() -> None:
@@ -642,26 +647,26 @@ def test_a_parameter_used_by_the_criterion_is_refused() -> None:
     with pytest.raises(
         dpzoo.InputError, match=r"use after\.weight outside the model's private forward"
     ):
-        watched.backward(losses, OneRow(0))  # type: ignore[arg-type]
+        watched.backward(losses, OneRow(model, 0))
 
 
 def test_a_part_of_the_model_called_by_itself_is_refused() -> None:
     model = Around(nn.Linear(DIM, DIM)).double()
     watched = BookKeepingHooks(model)
     with pytest.raises(dpzoo.InputError, match="call the model itself, not a part of it"):
-        watched.backward(loss_of(model.before(floats(ROWS, SEQ, DIM))), OneRow(0))  # type: ignore[arg-type]
+        watched.backward(loss_of(model.before(floats(ROWS, SEQ, DIM))), OneRow(model, 0))
     losses = loss_of(model.after(model(floats(ROWS, SEQ, DIM)) @ floats(3, DIM)))
     with pytest.raises(
         dpzoo.InputError, match=r"use after\.\w+ outside the model's private forward"
     ):
-        watched.backward(losses, OneRow(0))  # type: ignore[arg-type]
+        watched.backward(losses, OneRow(model, 0))
 
 
 def test_losses_of_fewer_rows_than_the_batch_are_refused() -> None:
     model = Around(nn.Linear(DIM, DIM)).double()
     watched = BookKeepingHooks(model)
     with pytest.raises(dpzoo.InputError, match="losses have 15 rows and the batch had 3"):
-        watched.backward(model(floats(ROWS, SEQ, DIM)).sum(-1).flatten(), OneRow(0))  # type: ignore[arg-type]
+        watched.backward(model(floats(ROWS, SEQ, DIM)).sum(-1).flatten(), OneRow(model, 0))
 
 
 # --- precision ----------------------------------------------------------------------------------------
@@ -677,15 +682,14 @@ def test_autocast_loses_nothing(uses: str) -> None:
         wanted = row_gradients(model, {"x": x})
     watched = BookKeepingHooks(model)
     for i, alone in enumerate(wanted):
-        for p in model.parameters():
-            p.summed_grad = None  # type: ignore[attr-defined]
         with torch.autocast("cpu", torch.bfloat16):
             losses = loss_of(model(x))
-        watched.backward(losses, OneRow(i))  # type: ignore[arg-type]
+        one = OneRow(model, i)
+        watched.backward(losses, one)
         for name, p in model.named_parameters():
             # bfloat16 has 8 bits: rows alone are themselves within 2 % of float32
-            assert (p.summed_grad - alone[name]).norm() <= 0.05 * alone[name].norm()  # type: ignore[attr-defined]
-            assert p.summed_grad.dtype == torch.float32  # type: ignore[attr-defined]
+            assert (one.sums[p] - alone[name]).norm() <= 0.05 * alone[name].norm()
+            assert one.sums[p].dtype == torch.float32
 
 
 OPPOSED: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -708,10 +712,6 @@ OPPOSED: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tenso
 def test_opposing_positions_do_not_hide_a_norm(name: str) -> None:
     """In float32 a norm of positions that nearly cancel is mostly rounding; clipping goes by a bound."""
 
-    class Clipped:
-        def clip_factors(self, squared: Any, norms: torch.Tensor) -> Any:
-            return {None: (1.0 / (norms + 1e-6)).clamp(max=1)}
-
     for seed in range(30):
         torch.manual_seed(seed)
         model = nn.Linear(64, 48, bias=False)
@@ -721,7 +721,13 @@ def test_opposing_positions_do_not_hide_a_norm(name: str) -> None:
         watched = BookKeepingHooks(around)
         x = torch.randn(1, 64) * 1e4
         near = x + torch.randn(1, 64) * 10.0 ** -(seed % 6)
-        watched.backward((around(x=x, near=near) * head).sum((1, 2)), Clipped())  # type: ignore[arg-type]
-        size = float(model.weight.summed_grad.double().norm())  # type: ignore[operator,union-attr]
+        taken = BookKeepingOptimizer(
+            torch.optim.SGD(around.parameters(), lr=0.0),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=1,
+        )
+        watched.backward((around(x=x, near=near) * head).sum((1, 2)), taken)
+        size = float(taken.sums[model.weight].double().norm())
         assert size <= 1 + 1e-6, (seed, size)
         watched.cleanup()

@@ -1,0 +1,203 @@
+"""What was drawn, and what came of it: one step is one Poisson draw, whole, each row once.
+
+The accountant is told that a step saw one draw, in which each row was with the sample rate, and added at
+most one clipped gradient for it. `Draws` holds the loop to that. The engine's loader notes how many rows
+each draw has, where they are drawn, before a collator or a model can cut, join or drop them. A backward
+pass that brings more rows than the draw has left is refused; so is a step with fewer; so is a draw that
+is passed over, an empty one too: skipping what is empty makes a step's noise depend on who was drawn.
+
+Parts of one draw add up: several backward passes before the step, or `BatchMemoryManager`. Leaving the
+loader early drops what was begun.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dpzoo.errors import InputError
+
+ONE_STEP = "One step takes the rows of one draw, each once"
+
+
+class Draws:
+    """The draws of one engine and optimizer, in the order in which they are handed out.
+
+    Args:
+        strict: whether steps are held to the draws; False where the caller answers for them.
+        drop: called when what was begun is over: forget its sums.
+    """
+
+    def __init__(self, strict: bool, drop: Callable[[], None] = lambda: None) -> None:
+        self.strict, self._drop = strict, drop
+        self._drawn: deque[int] = deque()
+        self._taken = 0
+        self._parts: list[torch.Tensor] = []
+        self._handed: int | None = None
+
+    def restart(self) -> None:
+        """A new pass over the loader begins: draws that were not stepped are over."""
+        self._drawn.clear()
+        self.abandon()
+        self._drop()
+        self._handed = None
+
+    def abandon(self) -> None:
+        """What was taken of the draw does not count, and may be taken again."""
+        self._taken = 0
+        self._parts.clear()
+
+    def _refuse(self, message: str) -> InputError:
+        self.abandon()
+        self._drop()
+        return InputError(f"{message} What was added up is dropped.")
+
+    def begin(self, rows: int) -> None:
+        """A draw of so many rows was made; it is stepped after those before it."""
+        self._drawn.append(rows)
+
+    def hand_out(self) -> None:
+        """The loop got the next draw's batch."""
+        self._handed = (self._handed or 0) + 1
+
+    def take(self, rows: int, part: torch.Tensor | None = None) -> None:
+        """Rows of the draw come with a backward pass.
+
+        Args:
+            rows: how many, those of the loss.
+            part: the batch's first tensor, (rows, ...), by which rows that come twice are seen.
+
+        Raises:
+            InputError: they are more than the draw has left, or came before; or there is no draw.
+        """
+        if not self.strict:
+            return
+        if not self._drawn:
+            raise InputError(
+                f"A backward pass brought {rows} rows, and no draw of the private loader is open. Under "
+                f"Poisson sampling the rows of a step must come from the loader that make_private "
+                f"returned: iterate it, and take a step for each of its batches. To answer for the draws "
+                f"yourself, call make_private(poisson_sampling=False)."
+            )
+        if self._handed is not None and self._handed > 1:
+            raise InputError(
+                f"{self._handed - 1} of the private loader's batches were passed over without a step, "
+                f"wanted a step for each, empty batches too: their noise must not depend on who was drawn."
+            )
+        if part is not None and any(_overlap(part, other) for other in self._parts):
+            raise self._refuse(
+                f"Rows of the draw came twice: a backward pass on rows that had one already. {ONE_STEP}: "
+                f"call backward() once for each part of a batch, and optimizer.step() before the next "
+                f"batch."
+            )
+        if self._taken + rows > self._drawn[0]:
+            taken, drawn = self._taken, self._drawn[0]
+            raise self._refuse(
+                f"The losses of a step have {taken + rows} rows ({taken} before, {rows} now), and the draw "
+                f"has {drawn}. {ONE_STEP}: call optimizer.step() after each batch of the private loader; "
+                f"and neither the collator nor the model may cut a row into several (dpzoo counts losses: "
+                f"one for each row drawn)."
+            )
+        self._taken += rows
+        if part is not None:
+            self._parts.append(part.detach())
+
+    def finish(self) -> None:
+        """The step is taken.
+
+        Raises:
+            InputError: rows of the draw are missing.
+        """
+        if not self.strict:
+            return
+        if not self._drawn:
+            raise InputError(
+                "optimizer.step() was called, and no draw of the private loader is open. Under Poisson "
+                "sampling each step belongs to one batch of the loader that make_private returned. To "
+                "answer for the draws yourself, call make_private(poisson_sampling=False)."
+            )
+        drawn, taken = self._drawn[0], self._taken
+        if taken != drawn:
+            raise self._refuse(
+                f"A step came after {taken} rows, and the draw has {drawn}. {ONE_STEP}: every part of the "
+                f"batch needs its backward(); a collator or model must not drop or join rows; and a batch "
+                f"without rows is stepped like any other."
+            )
+        self._drawn.popleft()
+        self._taken = 0
+        self._parts.clear()
+        if self._handed is not None:
+            self._handed -= 1
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors, both alive, have memory in common."""
+    if a.device != b.device or not a.numel() or not b.numel():
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    return a.data_ptr() < b.data_ptr() + _extent(b) and b.data_ptr() < a.data_ptr() + _extent(a)
+
+
+def _extent(x: torch.Tensor) -> int:
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()
+
+
+class CountedSampler(Sampler[list[int]]):
+    """A batch sampler whose draws are noted as they are made.
+
+    Args:
+        sampler: gives lists of rows.
+        draws: where they are noted.
+    """
+
+    def __init__(self, sampler: Any, draws: Draws) -> None:
+        self.sampler, self.draws = sampler, draws
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.draws.restart()
+        return self._noted()
+
+    def _noted(self) -> Iterator[list[int]]:
+        for rows in self.sampler:
+            self.draws.begin(len(rows))
+            yield rows
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["sampler"], name)
+
+
+class _Counted(DataLoader[Any]):
+    """A loader that says when it hands out a batch."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        draws = self.batch_sampler.draws  # type: ignore[union-attr]
+
+        def handed() -> Iterator[Any]:
+            for batch in batches:
+                draws.hand_out()
+                yield batch
+
+        return handed()
+
+
+def count_draws(loader: DataLoader[Any], draws: Draws) -> DataLoader[Any]:
+    """Have a loader's draws noted; it is changed in place.
+
+    Args:
+        loader: with a batch sampler.
+        draws: where they are noted.
+    """
+    # A DataLoader does not let go of its sampler, nor of its class.
+    loader.__dict__["batch_sampler"] = CountedSampler(loader.batch_sampler, draws)
+    loader.__class__ = type(type(loader).__name__, (_Counted, type(loader)), {})
+    return loader

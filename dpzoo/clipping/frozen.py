@@ -1,0 +1,113 @@
+"""Nothing but trainable parameters learns: in a training forward no buffer and no frozen tensor changes.
+
+What a model remembers of a batch in a buffer (a running mean, a codebook, a cache) is published with it,
+without clipping and without noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from dpzoo.errors import InputError, UnsupportedModelError
+
+_NORMS = nn.modules.batchnorm._NormBase
+
+
+def refuse_learning_buffers(model: nn.Module) -> None:
+    """Raise for layers that are known to change buffers or frozen tensors in training.
+
+    Raises:
+        UnsupportedModelError: a BatchNorm or InstanceNorm in training mode keeps running statistics; a
+            BatchNorm in training mode takes the batch's; an embedding has max_norm; a spectral norm.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _NORMS) and module.training:
+            instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            if module.track_running_stats or not instance:
+                raise UnsupportedModelError(
+                    f"{name} ({kind}) is in training mode and takes statistics over the rows of a batch, "
+                    f"which no clipping bounds, wanted layers that see each row by itself. Replace it by "
+                    f"GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix), or keep it in eval "
+                    f"mode: {name}.eval() after every model.train()."
+                )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise UnsupportedModelError(
+                f"{name} ({kind}) has max_norm={module.max_norm}, which changes the rows of the table that "
+                f"a batch looks up, without noise. Wanted max_norm=None."
+            )
+        if kind in ("_SpectralNorm", "SpectralNorm"):
+            raise UnsupportedModelError(
+                f"{name} ({kind}) changes buffers in every training forward. Remove the spectral norm."
+            )
+
+
+class FrozenWatch:
+    """Compares a model's buffers and frozen parameters around each training forward.
+
+    Args:
+        model: the model; hooks are put on it.
+        dropped: called before an error is raised.
+    """
+
+    def __init__(self, model: nn.Module, dropped: Any = lambda: None) -> None:
+        self._model, self._dropped = model, dropped
+        self._depth = 0
+        self._before: list[tuple[str, torch.Tensor, int]] = []
+        self._values: dict[str, torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _watched(self) -> dict[str, torch.Tensor]:
+        watched = dict(self._model.named_buffers())
+        watched.update((n, p) for n, p in self._model.named_parameters() if not p.requires_grad)
+        return watched
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._before = []
+        if module.training and torch.is_grad_enabled():
+            for name, tensor in self._watched().items():
+                self._before.append((name, tensor, tensor._version))
+                if not isinstance(tensor, nn.Parameter) and name not in self._values:
+                    self._values[name] = tensor.detach().clone()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth or not self._before:
+            return
+        after = self._watched()
+        for name, tensor, version in self._before:
+            now = after.get(name)
+            if now is tensor and now._version == version:
+                continue
+            known = self._values.get(name)
+            if known is not None and now is not None and _equal(known, now):
+                continue  # written again, with the same values
+            self._before = []
+            self._values.pop(name, None)
+            self._dropped()
+            raise InputError(
+                f"{name} changed in a training forward pass, and it is a "
+                f"{'frozen parameter' if known is None else 'buffer'}, wanted nothing but trainable "
+                f"parameters to change: what it keeps of a batch has neither clipping nor noise. Put the "
+                f"layer that writes it into eval mode, or remove it."
+            )
+        self._before = []
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
