@@ -12,7 +12,6 @@ from typing import Any
 
 import opacus
 import torch
-from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import nn, optim
 from torch.utils.data import (
     BatchSampler,
@@ -413,20 +412,20 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
 def _count_ghost_rows(criterion: Any, draws: Draws) -> None:
     """Have the losses of Opacus' ghost criterion tell their rows when they are backpropagated."""
 
-    class Counted(type(criterion)):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            loss: DPTensorFastGradientClipping = super().__call__(*args, **kwargs)
-            backward = loss.backward
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = super(made, self).__call__(*args, **kwargs)
+        backward = loss.backward
 
-            def counted(*given: Any, **options: Any) -> Any:
-                draws.take(len(loss.loss_per_sample))
-                return backward(*given, **options)
+        def counted(*given: Any, **options: Any) -> Any:
+            draws.take(len(loss.loss_per_sample))
+            return backward(*given, **options)
 
-            loss.backward = counted  # type: ignore[method-assign]
-            return loss
+        loss.backward = counted
+        return loss
 
-    Counted.__name__ = type(criterion).__name__
-    criterion.__class__ = Counted
+    kind = type(criterion)
+    made: Any = type(kind.__name__, (kind,), {"__call__": call})
+    criterion.__class__ = made
 
 
 def _refuse_equal_ranks(optimizer: Any) -> None:

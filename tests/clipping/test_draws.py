@@ -164,8 +164,6 @@ LOOPS: dict[Callable[[Run], None], str] = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_loops_that_are_not_one_draw_a_step(loop: Callable[[Run], None], mode: str) -> None:
-            "Opacus has its own error for two backward passes, or counts; rows are not seen"
-        )
     run = Run(mode)
     # In hooks mode Opacus refuses some by itself, before rows are counted.
     says = f"{LOOPS[loop]}|Poisson|accumul|initialized|grad_sample"
