@@ -156,7 +156,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     account(stepped)
 
             private_optimizer.attach_step_hook(pay)
-        FrozenWatch(module, getattr(private_optimizer, "drop", lambda: None))
+        private_optimizer.watch = FrozenWatch(
+            module, getattr(private_optimizer, "drop", lambda: None)
+        )
         if poisson_sampling:
             if isinstance(loader.dataset[0], dict) or grad_sample_mode == "bk":
                 prime_empty_batches(loader)

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import secrets
+from pathlib import Path
 from typing import Any
 
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
-from dpzoo.integrations.state import History, Ledger, PrivacyState
+from dpzoo.integrations.state import LEDGER_NAME, History, PrivacyState
+from dpzoo.ledger import Ledger
 
 
 class Account:
     """The account of one run, from its first step to its last, over kills and restarts.
 
+    What a run has spent is what its ledger has: each step that was begun once, and once more for each
+    further release of it.
+
     Args:
-        accountant: an Opacus accountant; the private optimizer enters its steps there.
+        mechanism: an Opacus accountant's, "prv" or "rdp".
         folder: where the ledger is kept.
     """
 
-    def __init__(self, accountant: Any, folder: str) -> None:
-        self.accountant = accountant
+    def __init__(self, mechanism: str, folder: str) -> None:
+        self.mechanism = mechanism
         self.run = secrets.token_hex(8)
         self.begun = 0
         """Steps that were begun, by this process or by a killed one whose run it goes on with."""
         self.delta: float | None = None
         self.sample_rate: float | None = None
         self.noise_multiplier: float | None = None
-        self._ledger = Ledger(folder)
+        self.ledger = Ledger(Path(folder) / LEDGER_NAME)
 
     def choose_noise(self, privacy: PrivacyArguments, steps: int) -> None:
         """Set the noise multiplier: the one given, or the least that keeps the target after ``steps``."""
@@ -49,65 +54,85 @@ class Account:
             )
 
     @property
+    def history(self) -> History:
+        """(noise multiplier, sample rate, steps) of everything that was spent."""
+        return self.ledger.paid(self.run) if self.begun else []
+
+    @property
     def epsilon(self) -> float:
         """Spent so far, at ``delta``: 0 before the first step, infinite without noise.
 
         Guarantees:
-            Counts every step that was begun, once. Steps that a resumed run does again are the same
-            steps (see `dpzoo.integrations.state`).
+            Counts every step that was begun. A step that a resumed run does again is counted once if it
+            is the same step, bit for bit, and once more if it is not.
         """
-        history: History = [tuple(entry) for entry in self.accountant.history]
-        missing = self.begun - sum(steps for _, _, steps in history)
-        if missing > 0:
-            assert self.noise_multiplier is not None
-            assert self.sample_rate is not None
-            noise, rate, steps = (
-                history.pop() if history else (self.noise_multiplier, self.sample_rate, 0)
-            )
-            history.append((noise, rate, steps + missing))
+        history = self.history
         if not history:
             return 0.0
         if any(noise == 0 for noise, _, _ in history):
             return math.inf
         assert self.delta is not None
-        return epsilon_of(self.accountant.mechanism(), tuple(history), self.delta)
+        return epsilon_of(self.mechanism, tuple(history), self.delta)
 
     def begin_step(self, number: int) -> None:
-        """Enter step ``number``, counted from 1, here and in the ledger; before it is taken."""
+        """Enter step ``number``, counted from 1, before it is taken."""
+        assert self.noise_multiplier is not None
+        assert self.sample_rate is not None
+        self.ledger.begin(
+            self.run,
+            number,
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+        )
         self.begun = max(self.begun, number)
-        self._ledger.record(self.run, number)
+
+    def refuse_other_runs(self, folder: str) -> None:
+        """Raise unless the output folder is free for a new run.
+
+        Raises:
+            InputError: it holds checkpoints of another run.
+        """
+        found = sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        if found:
+            raise InputError(
+                f"The output folder {folder} holds another run ({found[0].name}), and a second one would "
+                f"mix the two accounts. Resume it with train(resume_from_checkpoint=True), or give another "
+                f"output_dir: the two runs' epsilons then add up."
+            )
 
     def resume(self, state: PrivacyState, checkpoint: str) -> None:
         """Go on with the run of a checkpoint, and owe what was spent on it since.
 
         Raises:
-            InputError: this account is another run's, and has been used.
+            InputError: this account is another run's, and has been used; the run's ledger is gone or not
+                the one that the checkpoint was written with.
         """
         if self.begun and state.run != self.run:
             raise InputError(
                 f"The checkpoint {checkpoint} is of another run than the {self.begun} steps that this "
                 f"DPTrainer has taken. Resume it with a new DPTrainer: the two runs' epsilons then add up."
             )
-        self.run = state.run
+        ledger = Ledger(Path(checkpoint).resolve().parent / LEDGER_NAME)
+        ledger.require(state.run, state.ledger)
+        self.run, self.ledger = state.run, ledger
         self.noise_multiplier = state.noise_multiplier
-        self.accountant.history = list(state.history)
-        beside = Ledger(os.path.dirname(os.path.abspath(checkpoint)))
-        known = (beside.steps(self.run), self._ledger.steps(self.run))
-        self.begun = max(self.begun, state.steps, *known)
+        self.begun = max(state.steps, ledger.steps(self.run))
 
-    def state(self, steps: int, settings: dict[str, Any]) -> PrivacyState:
+    def state(self, steps: int, settings: dict[str, Any], files: dict[str, str]) -> PrivacyState:
         """What a checkpoint after ``steps`` steps is to hold."""
         assert self.delta is not None
         assert self.noise_multiplier is not None
         return PrivacyState(
             run=self.run,
             steps=steps,
-            mechanism=self.accountant.mechanism(),
-            history=list(self.accountant.history),
+            mechanism=self.mechanism,
+            history=self.history,
             epsilon=self.epsilon,
             delta=self.delta,
             noise_multiplier=self.noise_multiplier,
             settings=settings,
+            ledger=self.ledger.head,
+            files=files,
         )
 
 

@@ -1,15 +1,16 @@
-"""Logical batches: Poisson samples, cut into parts, each a function of the number of its step.
+"""Logical batches: Poisson samples, cut into parts, each a function of a secret key and its step's number.
 
-A run that was killed and resumed does its last steps again. It must do the same steps again: with the
-same noise and another batch, another mask or another dropout, the difference between the weights of the
-two runs would be a difference of gradients without any noise. So nothing here has a state that could
-run ahead or fall behind: rows, collation and dropout of step t follow from a key and from t.
+A run that was killed and resumed does its last steps again. With the same rows, masks and dropout it takes
+the same steps, which cost nothing: so rows, collation and dropout of step t follow from a key and from t.
+The key is secret and random. To whoever does not have it, the dropout of a row and the mask that a
+collator gives it are as good as fresh: they are independent of which other rows the batch has, and of
+everything that is published. With a public seed they would not be: taking a row out of the batch would
+change, in a known way, the randomness of the rows after it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import random
 import secrets
@@ -19,10 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-
-from dpzoo.errors import InputError
-
-PROBE_ROWS = 64
 
 
 class PoissonBatches(Sampler[list[int]]):
@@ -85,61 +82,31 @@ class LogicalBatches(Dataset[Any]):
         dataset: the rows.
         collate: a list of rows -> a dict of tensors.
         physical: rows that a part has at most.
-        seed: of what loading and collating draw from Python's, numpy's and torch's global generators.
+        key: secret; what loading and collating draw from Python's, numpy's and torch's global generators
+            follows from it and from the step's number.
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], physical: int, seed: int
+        self, dataset: Any, collate: Callable[[list[Any]], Any], physical: int, key: int
     ) -> None:
-        self.dataset, self.collate, self.physical, self.seed = dataset, collate, physical, seed
+        self.dataset, self.collate, self.physical, self.key = dataset, collate, physical, key
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, batch: list[int]) -> dict[str, Any]:
-        """``{"step": number, "parts": [collated, ...]}``; an empty batch has no parts."""
+        """``{"step": number, "rows": drawn, "parts": [collated, ...]}``; an empty batch has no parts."""
         step, *indices = batch
-        with seeded(self.seed, step, 0):
+        with seeded(self.key, step, 0):
             cuts = range(0, len(indices), self.physical)
             chunks = [indices[start : start + self.physical] for start in cuts]
-            return {"step": step, "parts": [self.collate(self._rows(chunk)) for chunk in chunks]}
+            parts = [self.collate(self._rows(chunk)) for chunk in chunks]
+        return {"step": step, "rows": len(indices), "parts": parts}
 
     def _rows(self, indices: list[int]) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
             return list(self.dataset.__getitems__(indices))
         return [self.dataset[index] for index in indices]
-
-    def fingerprint(self) -> str:
-        """A digest of a few rows, spread over the data set, as they come collated for step 0."""
-        probe = np.linspace(0, len(self) - 1, min(PROBE_ROWS, len(self))).astype(int).tolist()
-        digest = hashlib.sha256()
-        _feed(digest, self.__getitems__([0, *probe]))
-        return digest.hexdigest()
-
-    def reproducible(self, known: dict[str, str] | None) -> dict[str, str]:
-        """See to it that steps can be done again; the rows' fingerprint, for a checkpoint to hold.
-
-        Args:
-            known: the fingerprint of the run that is resumed, or None.
-
-        Raises:
-            InputError: rows are not the same the second time, or not those of the run that is resumed.
-        """
-        found = {"fingerprint": self.fingerprint()}
-        if known is None and self.fingerprint() != found["fingerprint"]:
-            raise InputError(
-                "train_dataset or data_collator gave other values for the same rows the second time. "
-                "Wanted the same, or values random by Python's, numpy's or torch's global generator, "
-                "which DPTrainer seeds for each step: no generator, and no seed, of their own."
-            )
-        if known not in (None, found):
-            raise InputError(
-                "train_dataset or data_collator gives other rows than in the run that is resumed. Steps "
-                "done again with the same noise and other rows would show gradients without noise. "
-                "Resume with the same data, or train a new model from the checkpoint's weights: the two "
-                "runs' epsilons then add up."
-            )
-        return found
 
 
 def batch_key(seed: int | None) -> int:
@@ -170,19 +137,3 @@ def seeded(*numbers: int) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _feed(digest, item)
-    elif hasattr(value, "items"):
-        for key, item in sorted(value.items()):
-            digest.update(str(key).encode())
-            _feed(digest, item)
-    else:
-        digest.update(repr(value).encode())

@@ -12,21 +12,42 @@ from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
 
 
-def per_sample(model: Any) -> nn.Module:
-    """The model itself where it has per-row losses, or else its conversion.
+def base_of(model: Any) -> Any:
+    """The model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def per_sample(model: Any, mode: str) -> nn.Module:
+    """The model as it is trained: a stock one is converted where dpzoo has its class.
+
+    In mode "bk" any other model goes through as it is, PEFT models around stock ones too: its rows'
+    losses come from `dpzoo.ModelLoss`.
+
+    Args:
+        model: a transformers, dpzoo or PEFT model.
+        mode: the run's ``grad_sample_mode``.
 
     Raises:
-        UnsupportedModelError: a model that dpzoo does not have; a PEFT model around a stock one.
+        UnsupportedModelError: in other modes than "bk", a model that dpzoo does not have, or a PEFT model
+            around a stock one.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if isinstance(base, PerSampleModel):
         return model
     if base is not model:
+        if mode == "bk":
+            return model
         raise UnsupportedModelError(
-            f"DPTrainer got a {type(model).__name__} around a {type(base).__name__}, wanted one around "
-            f"a dpzoo model. Convert first: get_peft_model(dpzoo.convert(model), ...)."
+            f"DPTrainer got a {type(model).__name__} around a {type(base).__name__} in "
+            f"grad_sample_mode={mode!r}, wanted one around a dpzoo model. Convert first: "
+            f"get_peft_model(dpzoo.convert(model), ...); or use mode 'bk', which takes it as it is."
         )
-    return convert(model)
+    try:
+        return convert(model)
+    except UnsupportedModelError:
+        if mode == "bk":
+            return model
+        raise
 
 
 def length_of(dataset: Any, logical: int) -> int:

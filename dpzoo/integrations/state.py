@@ -4,39 +4,44 @@ A checkpoint folder gets two files:
 
 - ``privacy.json``: the accountant's history, epsilon, delta, the noise multiplier and the settings that
   steps depend on. It may be published.
-- ``privacy_random_state.pt``: where the noise goes on, and the key of the batches. It is SECRET: whoever
-  has it can compute the noise of the steps to come, and of those that were. Only its owner can read it.
+- ``privacy_random_state.pt``: the keys of the noise, of the batches and of rows' randomness. It is SECRET:
+  whoever has it can compute the noise of the steps to come, and of those that were. Only its owner can read it.
 
-Beside the checkpoints, ``privacy_ledger.json`` has the number of steps each run has begun, written before
-the step is taken.
+Beside the checkpoints, ``privacy_ledger.jsonl`` (`dpzoo.ledger`) has the steps that the run has begun,
+entered before each step is taken, and a keyed digest of what each released.
 
 What resuming costs. A run is killed after step m, and resumed from the checkpoint of step k < m. Steps
-k+1 to m are done again: the same weights, rows, dropout and noise give the same steps, so that whoever saw
-the weights of the killed run learns nothing from the resumed one. That holds as long as nothing else is
-different. With the same noise and another learning rate (batch size, masks, data), the difference between
-the two runs' weights would show gradients without noise. Therefore every setting that a step depends on
-has to be what it was, and a resumed run with another is refused. Fresh noise would not be better: the steps
-done twice would then have to be paid for twice, though the killed run's are known to nobody.
+k+1 to m are done again. Their noise is a keyed function of the step and of the sums that it is added to:
+a step that is done again with the same sums is the same step, bit for bit, and tells nothing new. A step
+done again with anything different (other rows, another dropout, changed data) has independent noise, and is
+paid for once more. Nothing has to be compared for that. Settings are compared all the same: a run whose
+settings change halfway is rarely meant.
 
-The reported epsilon covers max(k, m) steps from the moment of resuming: never less than was spent.
+``privacy.json`` is written last, and has a digest of every other file: a checkpoint without it, or with a
+file that is not as it was, is not whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpzoo.errors import InputError
 
+log = logging.getLogger(__name__)
+
 STATE_NAME = "privacy.json"
 RANDOM_STATE_NAME = "privacy_random_state.pt"
-LEDGER_NAME = "privacy_ledger.json"
-VERSION = 1
+LEDGER_NAME = "privacy_ledger.jsonl"
+VERSION = 2
 
 History = list[tuple[float, float, int]]
 """(noise multiplier, sample rate, steps), as Opacus' accountants keep it."""
@@ -55,6 +60,8 @@ class PrivacyState:
         delta: the run's.
         noise_multiplier: of the steps.
         settings: name -> value of everything that steps depend on.
+        ledger: the ledger's head when the checkpoint was written.
+        files: file -> SHA-256 of the checkpoint's other files.
     """
 
     run: str
@@ -65,6 +72,8 @@ class PrivacyState:
     delta: float
     noise_multiplier: float
     settings: dict[str, Any]
+    ledger: str
+    files: dict[str, str]
 
     def save(self, folder: str | Path) -> None:
         """Write ``privacy.json``, whole or not at all."""
@@ -86,12 +95,26 @@ class PrivacyState:
                     f"(without save_only_model and secure_mode). Resume from an earlier one, or train "
                     f"a new model from its weights: the two runs' epsilons then add up."
                 )
-        fields = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        version = fields.pop("version", None)
+        try:
+            fields = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+            version = fields.pop("version")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{folder / STATE_NAME} is damaged ({error!r}), so it is not known what has been spent. "
+                f"Resume from an earlier checkpoint."
+            ) from None
         if version != VERSION:
             raise InputError(
                 f"{folder / STATE_NAME} has version {version!r}, wanted {VERSION}. Resume with the "
                 f"dpzoo that wrote it."
+            )
+        found = digests(folder)
+        wrong = sorted(n for n, digest in fields["files"].items() if found.get(n) != digest)
+        if wrong:
+            raise InputError(
+                f"{folder / wrong[0]} is {'changed' if wrong[0] in found else 'gone'} since the checkpoint "
+                f"was written: a run that goes on from it would not be the run. Restore the file, or "
+                f"resume from an earlier checkpoint."
             )
         fields["history"] = [tuple(entry) for entry in fields["history"]]
         return cls(**fields)
@@ -112,10 +135,9 @@ class PrivacyState:
         ]
         if changed:
             raise InputError(
-                f"The run was resumed with {', '.join(changed)}. Steps done again with the same noise "
-                f"and another setting would show gradients without noise. Resume with the same "
-                f"settings, or train a new model from the checkpoint's weights: the two runs' "
-                f"epsilons then add up."
+                f"The run was resumed with {', '.join(changed)}. The account is that of one run on one "
+                f"set of terms. Resume with the same settings, or train a new model from the checkpoint's "
+                f"weights: the two runs' epsilons then add up."
             )
 
 
@@ -137,31 +159,40 @@ def load_random_state(folder: str | Path) -> dict[str, Any]:
     return state
 
 
-class Ledger:
-    """The steps that each run has begun, in a file beside its checkpoints.
+def digests(folder: str | Path) -> dict[str, str]:
+    """File -> SHA-256 of every file of a checkpoint but ``privacy.json``."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != STATE_NAME:
+            with path.open("rb") as file:
+                found[name] = (
+                    hashlib.file_digest(file, "sha256").hexdigest()
+                    if hasattr(hashlib, "file_digest")
+                    else hashlib.sha256(file.read()).hexdigest()
+                )
+    return found
 
-    Args:
-        folder: the folder of the checkpoints.
-    """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / LEDGER_NAME
-
-    def steps(self, run: str) -> int:
-        """Steps that a run has begun, as far as is known here."""
-        return self._read().get(run, 0)
-
-    def record(self, run: str, steps: int) -> None:
-        """Note that a run begins its step number ``steps``; call it before the step is taken."""
-        known = self._read()
-        if steps > known.get(run, 0):
-            _write(self.path, {**known, run: steps})
-
-    def _read(self) -> dict[str, int]:
-        if not self.path.is_file():
-            return {}
-        known: dict[str, int] = json.loads(self.path.read_text(encoding="utf-8"))
-        return known
+def newest_whole(folder: str | Path) -> str | None:
+    """The newest checkpoint of a folder that is whole; those passed over are named in the log."""
+    found = sorted(
+        (p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name[11:].isdigit()),
+        key=lambda p: -int(p.name[11:]),
+    )
+    for path in found:
+        try:
+            PrivacyState.load(path)
+        except InputError as error:
+            log.warning("%s is passed over: %s", path, error)
+            continue
+        return str(path)
+    if found:
+        raise InputError(
+            f"No checkpoint of {folder} is whole, of {', '.join(p.name for p in found)}: the log says why "
+            f"each was passed over. Give another output_dir to begin a new run."
+        )
+    return None
 
 
 def _write(path: Path, content: Any) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpzoo.clipping import PrivacyEngine
+from dpzoo.clipping.noise import NoiseSource
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
 
@@ -56,13 +56,6 @@ class PrivateStep:
     ) -> None:
         _refuse_optimizer(optimizer, model)
         self._mode = privacy.grad_sample_mode
-        generator = None
-        if not privacy.secure_mode:
-            generator = torch.Generator(device=device)
-            if privacy.noise_seed is None:
-                generator.seed()  # from the operating system: torch's own may be seeded by anyone
-            else:
-                generator.manual_seed(noise_seed(privacy.noise_seed))
         # The engine wants a loader for its length. The batches come from PoissonBatches.
         counted = DataLoader(TensorDataset(torch.empty(rows, 0)), batch_size=logical)
         engine.dataset = None
@@ -75,19 +68,21 @@ class PrivateStep:
             max_grad_norm=privacy.max_grad_norm,
             grad_sample_mode=privacy.grad_sample_mode,
             clipping=privacy.clipping,
-            noise_generator=generator,
             wrap_model=False,
         )
         self.criterion: Any = criterion[0] if criterion else RowLosses()
         # Opacus rounds both to whole batches an epoch.
         self.optimizer.expected_batch_size = logical
-        self.optimizer.attach_step_hook(
-            engine.accountant.get_optimizer_hook_fn(sample_rate=logical / rows)
-        )
+        self.release = self.optimizer.release
+        self.release.sample_rate = logical / rows
+        if privacy.noise_seed is not None:
+            self.release.noise = NoiseSource.insecure(privacy.noise_seed)
 
-    def begin(self) -> None:
-        """Forget the last step's gradients."""
+    def begin(self, rows: int) -> None:
+        """A step on a draw of so many rows begins: forget the last step's gradients."""
         self.optimizer.zero_grad()
+        self.optimizer.draws.restart()
+        self.optimizer.draws.begin(rows)
 
     def end_part(self, *, last: bool) -> None:
         """Add up a part's clipped sum, after its backward pass; the last one's is left to the step."""
@@ -105,29 +100,18 @@ class PrivateStep:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
 
     def noise_state(self) -> dict[str, Any]:
-        """Where the noise goes on: secret. Empty in secure mode, whose noise cannot be drawn again."""
-        if self._mode == "bk":
-            state: dict[str, Any] = self.optimizer.noise_state()
-            return state
-        if self.optimizer.generator is None or self.optimizer.secure_mode:
-            return {}
-        return {"generator": self.optimizer.generator.get_state()}
+        """What the noise of the coming steps depends on: secret."""
+        state: dict[str, Any] = self.release.state()
+        return state
 
     def load_noise_state(self, state: dict[str, Any]) -> None:
         """Go on where `noise_state` was taken."""
-        if self._mode == "bk":
-            self.optimizer.load_noise_state(state)
-        else:
-            self.optimizer.generator.set_state(state["generator"])
+        self.release.load_state(state)
 
     def detach(self) -> None:
         """Leave the model as it was, an ordinary one."""
         self._hooks.cleanup()
-
-
-def noise_seed(seed: int) -> int:
-    """64 bits for the noise; those for the batches are others."""
-    return int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0])
+        self.optimizer.watch.remove()
 
 
 def _refuse_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ schedules, callbacks and the progress bar count logical steps.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import replace
@@ -16,18 +17,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.errors import InputError
-from dpzoo.integrations.accounting import Account
+from dpzoo.integrations.accounting import Account, epsilon_of
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
 from dpzoo.integrations.batches import LogicalBatches, PoissonBatches, batch_key, identity, seeded
-from dpzoo.integrations.inputs import length_of, per_sample
-from dpzoo.integrations.state import PrivacyState, load_random_state, save_random_state
+from dpzoo.integrations.inputs import base_of, length_of, per_sample
+from dpzoo.integrations.state import (
+    PrivacyState,
+    digests,
+    load_random_state,
+    newest_whole,
+    save_random_state,
+)
 from dpzoo.integrations.stepping import PrivateStep
 from dpzoo.losses import ModelLoss
+from dpzoo.models.base import PerSampleModel
+
+log = logging.getLogger(__name__)
 
 
 class DPTrainer(Trainer):
@@ -85,21 +96,21 @@ class DPTrainer(Trainer):
         self.privacy = privacy
         args, self._physical_rows = private_arguments(args, privacy.grad_sample_mode)
         self._engine = PrivacyEngine(accountant=privacy.accountant, secure_mode=privacy.secure_mode)
-        self._account = Account(self._engine.accountant, args.output_dir)
+        self._account = Account(privacy.accountant, args.output_dir)
         self._batch_key = batch_key(privacy.noise_seed)
         self._step: PrivateStep | None = None
         self._noise_state: dict[str, Any] | None = None
-        self._data_state: dict[str, Any] | None = None
+        _refuse_overridden(type(self))
         if train_dataset is not None:
             self._count(train_dataset, args)
-        model = None if model is None else per_sample(model)
+        model = None if model is None else per_sample(model, privacy.grad_sample_mode)
         self._own_forward = None if model is None else model.__dict__.get("forward")
         super().__init__(model, args, data_collator, train_dataset, *positional, **options)
         self._given = self.optimizer, self.lr_scheduler
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; a stock model is converted."""
-        return per_sample(super().call_model_init(trial))
+        return per_sample(super().call_model_init(trial), self.privacy.grad_sample_mode)
 
     def _count(self, dataset: Any, args: TrainingArguments) -> None:
         """Take the terms of the account from the number of rows."""
@@ -127,7 +138,9 @@ class DPTrainer(Trainer):
 
     @property
     def noise_multiplier(self) -> float | None:
-        """The run's noise multiplier; None before training."""
+        """The run's noise multiplier: the one given, or what the target needs; None without rows."""
+        if self._account.noise_multiplier is None and self.delta is not None:
+            self._account.choose_noise(self.privacy, self._planned_steps())
         return self._account.noise_multiplier
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -153,12 +166,21 @@ class DPTrainer(Trainer):
         if self.train_dataset is None:
             raise InputError("DPTrainer.train() got train_dataset=None, wanted a data set.")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = newest_whole(self.args.output_dir) or True
         elif resume_from_checkpoint:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         self._count(self.train_dataset, self.args)
         if isinstance(resume_from_checkpoint, str):
-            self._resume(resume_from_checkpoint)
+            steps = self._resume(resume_from_checkpoint)
+            if steps >= self._planned_steps():
+                log.warning(
+                    "The run of %s is finished; nothing is trained.", resume_from_checkpoint
+                )
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = TrainerState.load_from_json(
+                    os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)
+                )
+                return TrainOutput(steps, 0.0, {"epsilon": self.epsilon})
         else:
             self._begin()
         self.optimizer, self.lr_scheduler = self._given
@@ -185,16 +207,26 @@ class DPTrainer(Trainer):
                 f"their epsilon already. Resume with resume_from_checkpoint=..., or make a new DPTrainer: "
                 f"the two runs' epsilons then add up."
             )
-        self._noise_state = self._data_state = None
+        self._account.refuse_other_runs(self.args.output_dir)
+        self._noise_state = None
 
-    def _resume(self, checkpoint: str) -> None:
-        """Take up a checkpoint's account and random state, before anything trains."""
+    def _planned_steps(self) -> int:
+        """Logical steps of the whole run."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        batches = math.ceil(self._rows / args.per_device_train_batch_size)
+        return math.ceil(args.num_train_epochs * batches)
+
+    def _resume(self, checkpoint: str) -> int:
+        """Take up a checkpoint's account and random state, before anything trains; its steps."""
         state = PrivacyState.load(checkpoint)
         state.refuse_changes(self._settings())
         random_state = load_random_state(checkpoint)
         self._account.resume(state, checkpoint)
         self._batch_key = int(random_state["key"], 16)
-        self._noise_state, self._data_state = random_state["noise"], random_state["data"]
+        self._noise_state = random_state["noise"]
+        return state.steps
 
     def _settings(self) -> dict[str, Any]:
         """Everything that a step depends on, but for weights and data, as JSON has it."""
@@ -225,12 +257,35 @@ class DPTrainer(Trainer):
             logical=self.args.per_device_train_batch_size,
             device=self.args.device,
         )
+        release = self._step.release
         if self._noise_state is not None:
             self._step.load_noise_state(self._noise_state)
+        release.run = self._account.run
+        release.watched_by(self._account.ledger)
+        log.info(
+            "Private training: the unit is a row of train_dataset (%d rows, adding or removing one); "
+            "epsilon %s at delta %.3g after %d steps, by %s; noise multiplier %.4g, clipping norm %g, "
+            "expected batch %d, sample rate %.4g.",
+            self._rows,
+            self.privacy.target_epsilon or f"{self._planned_epsilon(max_steps):.3f}",
+            self.delta,
+            max_steps,
+            self.privacy.accountant,
+            noise_multiplier,
+            self.privacy.max_grad_norm,
+            self.args.per_device_train_batch_size,
+            self._account.sample_rate,
+        )
         self.optimizer = self._step.optimizer
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
         self._unwrap_forward()
         return prepared
+
+    def _planned_epsilon(self, steps: int) -> float:
+        noise, rate = self._account.noise_multiplier, self._account.sample_rate
+        if not noise or rate is None or self.delta is None:
+            return math.inf
+        return epsilon_of(self.privacy.accountant, ((noise, rate, steps),), self.delta)
 
     def _unwrap_forward(self) -> None:
         # Under bf16 accelerate puts a forward() on the model that rebuilds the outputs, without the
@@ -247,16 +302,10 @@ class DPTrainer(Trainer):
     # --- batches --------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Logical batches: Poisson samples, each in collated parts.
-
-        Raises:
-            InputError: rows are not the same the second time, so that a resumed run could not take the
-                same steps again; or they are not those of the run that is resumed.
-        """
+        """Logical batches: Poisson samples, each in collated parts."""
         args = self.args
         collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-        batches = LogicalBatches(self.train_dataset, collate, self._physical_rows, args.seed)
-        self._data_state = batches.reproducible(self._data_state)
+        batches = LogicalBatches(self.train_dataset, collate, self._physical_rows, self._batch_key)
         sampler = PoissonBatches(
             self._rows,
             args.per_device_train_batch_size / self._rows,
@@ -308,8 +357,8 @@ class DPTrainer(Trainer):
         self._account.begin_step(number + 1)
         model.train()
         total, rows = torch.zeros((), device=self.args.device), 0
-        private.begin()
-        with seeded(self.args.seed, number, 1):  # dropout
+        private.begin(inputs["rows"])
+        with seeded(self._batch_key, number, 1):  # dropout
             for i, part in enumerate(parts):
                 with self.compute_loss_context_manager():
                     losses = self._row_losses(model, self._prepare_inputs(part))
@@ -323,15 +372,23 @@ class DPTrainer(Trainer):
         return total / max(rows, 1)
 
     def _row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        if self.compute_loss_func is None:
-            return ModelLoss(reduction="none")(model(**inputs))
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        losses = self.compute_loss_func(model(**inputs), labels, num_items_in_batch=None)
         rows = len(next(iter(inputs.values())))
-        if tuple(losses.shape) != (rows,):
+        if type(self).compute_loss is not Trainer.compute_loss:
+            losses, who = self.compute_loss(model, dict(inputs)), "compute_loss"
+        elif self.compute_loss_func is not None:
+            inputs, who = dict(inputs), "compute_loss_func"
+            labels = inputs.pop("labels", None)
+            losses = self.compute_loss_func(model(**inputs), labels, num_items_in_batch=None)
+        else:
+            if isinstance(base_of(model), PerSampleModel):
+                return ModelLoss(reduction="none")(model(**inputs))
+            inputs = dict(inputs)
+            labels = inputs.pop("labels", None)
+            return ModelLoss(base_of(model), reduction="none")(model(**inputs), labels)
+        if not isinstance(losses, torch.Tensor) or tuple(losses.shape) != (rows,):
+            got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise InputError(
-                f"compute_loss_func gave a loss of shape {tuple(losses.shape)}, wanted ({rows},): one for "
+                f"{who} gave a loss of shape {got}, wanted ({rows},): one for "
                 f"each row, of that row alone, without a mean over the batch."
             )
         return losses
@@ -350,16 +407,52 @@ class DPTrainer(Trainer):
         step = self.state.global_step
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
         os.makedirs(folder, exist_ok=True)
-        # First the privacy: Trainer deletes older checkpoints in the end, and a kill can come any time.
-        self._account.state(step, self._settings()).save(folder)
-        # A checkpoint without the optimizer's state, or with noise that cannot be drawn again, is not
+        # A checkpoint without the optimizer's state, or with batches that cannot be drawn again, is not
         # one to resume from.
         if (
             self._step is not None
             and not self.privacy.secure_mode
             and not self.args.save_only_model
         ):
-            noise = self._step.noise_state()
-            key = f"{self._batch_key:x}"
-            save_random_state({"key": key, "noise": noise, "data": self._data_state}, folder)
-        super()._save_checkpoint(model, trial)
+            save_random_state(
+                {"key": f"{self._batch_key:x}", "noise": self._step.noise_state()}, folder
+            )
+        # privacy.json is what makes a checkpoint whole: it is written last, and only then may an older
+        # checkpoint be deleted.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self._account.state(step, self._settings(), digests(folder)).save(folder)
+        if limit is not None and self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self._get_output_dir(trial=trial),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+FIXED = (
+    "training_step",
+    "get_train_dataloader",
+    "_get_train_sampler",
+    "create_accelerator_and_postprocess",
+)
+
+
+def _refuse_overridden(kind: type) -> None:
+    """Raise for methods that a private run has to have as they are.
+
+    Raises:
+        InputError: a subclass overrides one.
+    """
+    for name in FIXED:
+        own = getattr(kind, name, None)
+        if own is not getattr(DPTrainer, name, None):
+            raise InputError(
+                f"{kind.__name__} overrides {name}(), wanted DPTrainer's: batches are Poisson samples and "
+                f"steps are private. Override compute_loss() for a loss of your own (one for each row), "
+                f"data_collator for other batches, or a TrainerCallback for what happens between steps."
+            )

@@ -1,8 +1,6 @@
 """Everything that DPTrainer cannot honour is refused by name, with the next step."""
 
 import copy
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,18 +151,22 @@ def test_the_wrong_kind_of_checkpointing(
 
 
 def test_models_that_cannot_be_converted(tmp_path: Path) -> None:
-    options = {"args": arguments(tmp_path), "train_dataset": Rows(BERT), "privacy": privacy()}
+    options = {"args": arguments(tmp_path), "train_dataset": Rows(BERT)}
     config = transformers.OPTConfig(
         vocab_size=9, hidden_size=4, ffn_dim=4, num_attention_heads=1, num_hidden_layers=1
     )
+    ghost = privacy(grad_sample_mode="ghost")
     for model in (transformers.OPTForCausalLM(config), torch.nn.Linear(2, 2)):
         with pytest.raises(dpzoo.UnsupportedModelError, match=type(model).__name__):
-            DPTrainer(model=model, **options)
+            DPTrainer(model=model, privacy=ghost, **options)
     adapted = peft.get_peft_model(
         stock_model(BERT, torch.float32), peft.LoraConfig(task_type="SEQ_CLS")
     )
     with pytest.raises(dpzoo.UnsupportedModelError, match=r"around a BertForSequ.*Convert first"):
-        DPTrainer(model=adapted, **options)
+        DPTrainer(model=adapted, privacy=ghost, **options)
+    trainer = DPTrainer(model=adapted, privacy=privacy(), **options)  # mode bk takes it as it is
+    trainer.train()
+    assert trainer.model is adapted
 
 
 class Stream(IterableDataset):
@@ -224,13 +226,7 @@ def test_hyperparameter_search(start: Any, tmp_path: Path) -> None:
         trainer_of(start, tmp_path).hyperparameter_search()
 
 
-def test_a_run_in_secure_mode_is_not_resumed(
-    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a stand-in for the package that Opacus takes secure random numbers from."""
-    module = types.ModuleType("torchcsprng")
-    module.create_random_device_generator = lambda _: torch.Generator()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torchcsprng", module)
+def test_a_run_in_secure_mode_is_not_resumed(start: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     private = {"secure_mode": True, "noise_seed": None}
     for mode in ("bk", "ghost", "hooks"):
@@ -240,7 +236,69 @@ def test_a_run_in_secure_mode_is_not_resumed(
         assert trainer.epsilon > 0
         again = trainer_of(start, folder, {**private, "grad_sample_mode": mode}, **options)
         with pytest.raises(dpzoo.InputError, match=f"{RANDOM_STATE_NAME}.*secure_mode"):
-            again.train(resume_from_checkpoint=True)
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+class Overridden(DPTrainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
+
+
+class OwnLoader(DPTrainer):
+    def get_train_dataloader(self) -> Any:
+        return []
+
+
+class OwnSampler(DPTrainer):
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("kind", [Overridden, OwnLoader, OwnSampler])
+def test_overridden_methods_of_a_step_are_refused(
+    kind: type[DPTrainer], start: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        dpzoo.InputError, match=rf"{kind.__name__} overrides \w+\(\), wanted DPTrainer's"
+    ):
+        kind(model=start, args=arguments(tmp_path), train_dataset=Rows(BERT), privacy=privacy())
+
+
+class OwnLoss(DPTrainer):
+    """transformers' documented way to a loss of one's own."""
+
+    reduce = False
+
+    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:
+        losses = model(**inputs).loss_per_sample * 2
+        return losses.mean() if self.reduce else losses
+
+
+def test_an_overridden_loss_is_used(start: Any, tmp_path: Path) -> None:
+    options = {
+        "train_dataset": Rows(BERT),
+        "privacy": privacy(noise_multiplier=0.0, max_grad_norm=1e4),
+    }
+    moved = []
+    for kind in (DPTrainer, OwnLoss):
+        trainer = kind(model=copy.deepcopy(start), args=arguments(tmp_path, max_steps=1), **options)
+        trainer.train()
+        moved.append((trainer.model.classifier.weight - start.classifier.weight).detach())
+    assert torch.allclose(moved[1], 2 * moved[0], rtol=1e-4, atol=1e-7)
+    trainer = OwnLoss(model=copy.deepcopy(start), args=arguments(tmp_path), **options)
+    trainer.reduce = True
+    with pytest.raises(dpzoo.InputError, match=r"compute_loss gave a loss of shape \(\), wanted"):
+        trainer.train()
+
+
+def test_a_collator_that_cuts_rows_is_refused(start: Any, tmp_path: Path) -> None:
+    def cut(rows: list[Any]) -> Any:
+        batch = torch.utils.data.default_collate(rows)
+        return {k: torch.cat([v, v]) for k, v in batch.items()}
+
+    trainer = trainer_of(start, tmp_path, data_collator=cut)
+    with pytest.raises(dpzoo.InputError, match="the draw has"):
+        trainer.train()
 
 
 def test_the_documentation_names_what_is_refused() -> None:

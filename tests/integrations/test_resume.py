@@ -1,8 +1,10 @@
 """Kill and resume: the same weights, and never a smaller epsilon than was spent."""
 
+import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import stat
@@ -14,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from opacus.accountants import create_accountant
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 import dpzoo
 from dpzoo.integrations import DPTrainer
 from dpzoo.integrations.batches import PoissonBatches
 from dpzoo.integrations.state import LEDGER_NAME, RANDOM_STATE_NAME, STATE_NAME
+from dpzoo.ledger import Ledger
 from tests.integrations.runs import BERT, GPT2, Kill, Killed, Rows, trainer_of
 from tests.support import assert_bit_equal, largest_error, stock_model
 
@@ -125,8 +129,8 @@ def test_a_process_that_was_killed(start: Any, tmp_path: Path) -> None:
         command, cwd=root, capture_output=True, text=True, env={**os.environ, **threads}
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (steps,) = json.loads((tmp_path / LEDGER_NAME).read_text()).values()
-    assert steps == 5
+    run = json.loads((tmp_path / "checkpoint-4" / STATE_NAME).read_text())["run"]
+    assert Ledger(tmp_path / LEDGER_NAME).steps(run) == 5
     straight = trainer_of(start, tmp_path / "straight", **SAVED)
     straight.train()
     resumed = trainer_of(start, tmp_path, **SAVED)
@@ -167,16 +171,58 @@ def test_epsilon_owes_the_steps_after_the_checkpoint_until_they_are_redone(
     start: Any, tmp_path: Path
 ) -> None:
     killed = killed_run(start, tmp_path, 6)
-    assert killed._account.accountant.history == [(1.0, 0.5, 6)]
+    assert killed._account.history == [(1.0, 0.5, 6)]
     resumed = trainer_of(start, tmp_path, **SAVED)
-    resumed._resume(str(tmp_path / "checkpoint-2"))
-    assert resumed._account.accountant.history == [(1.0, 0.5, 2)]
     resumed._count(resumed.train_dataset, resumed.args)
+    resumed._resume(str(tmp_path / "checkpoint-2"))
     assert resumed.epsilon == killed.epsilon
-    (tmp_path / LEDGER_NAME).unlink()  # a checkpoint that was moved away alone
+    (tmp_path / LEDGER_NAME).unlink()
     moved = trainer_of(start, tmp_path / "elsewhere", **SAVED)
-    moved._resume(str(tmp_path / "checkpoint-2"))
-    assert 0 < moved.epsilon < killed.epsilon
+    with pytest.raises(dpzoo.InputError, match=r"ledger .* is gone"):
+        moved._resume(str(tmp_path / "checkpoint-2"))
+
+
+def test_a_step_done_again_differently_is_paid_for(start: Any, tmp_path: Path) -> None:
+    """Another row: other sums, other noise, one more step; and nothing has to notice the change."""
+    killed = killed_run(start, tmp_path / "run", 6)
+    before, spent = killed.model.classifier.weight.detach().clone(), killed.epsilon
+    rows = Rows(BERT)
+    for i in range(len(rows)):
+        rows.batch["input_ids"][i, 0] += 1
+    resumed = trainer_of(start, tmp_path / "run", train_dataset=rows, **SAVED)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    # steps 5 and 6 were begun twice, with other sums each time; step 7 once
+    assert resumed._account.history == [(1.0, 0.5, 9)]
+    assert resumed.epsilon > spent
+    assert largest_error(before, resumed.model.classifier.weight) > 1e-3
+
+
+def test_epsilon_after_twenty_random_kills(start: Any, tmp_path: Path) -> None:
+    """At random points: the weights of the run, and epsilon never below the steps begun."""
+    random.seed(7)
+    straight = trainer_of(start, tmp_path / "straight", **SAVED)
+    straight.train()
+    events = ["on_pre_optimizer_step", "on_optimizer_step", "on_step_begin", "on_step_end"]
+    for chain in range(4):
+        folder, known = tmp_path / str(chain), 0.0
+        for kill in range(5):
+            event, step = random.choice(events), random.randint(2, 7)
+            trainer = trainer_of(start, folder, callbacks=[Kill(step, event)], **SAVED)
+            saved = sorted(folder.glob("checkpoint-*"))
+            with contextlib.suppress(Killed):
+                trainer.train(resume_from_checkpoint=True if saved else None)
+            assert trainer.epsilon >= known, (chain, kill)
+            fresh = create_accountant("rdp")
+            fresh.history = [(1.0, 0.5, trainer._account.begun)]
+            assert trainer.epsilon >= fresh.get_epsilon(1 / 16) * (1 - 1e-12)
+            known = trainer.epsilon
+            if not saved and not sorted(folder.glob("checkpoint-*")):
+                shutil.rmtree(folder, ignore_errors=True)  # nothing to resume: another run
+                known = 0.0
+        last = trainer_of(start, folder, **SAVED)
+        last.train(resume_from_checkpoint=True if sorted(folder.glob("checkpoint-*")) else None)
+        assert_bit_equal(last.model.state_dict(), straight.model.state_dict())
+        assert last.epsilon == straight.epsilon
 
 
 def test_a_chain_of_kills(start: Any, tmp_path: Path) -> None:
@@ -191,7 +237,7 @@ def test_a_chain_of_kills(start: Any, tmp_path: Path) -> None:
     last.train(resume_from_checkpoint=True)
     assert_bit_equal(last.model.state_dict(), straight.model.state_dict())
     assert last.epsilon == straight.epsilon
-    assert last._account.accountant.history == [(1.0, 0.5, 7)]
+    assert last._account.history == [(1.0, 0.5, 7)]
 
 
 def test_an_epoch_cut_short_does_not_repeat_batches(start: Any, tmp_path: Path) -> None:
@@ -269,15 +315,9 @@ def test_masks_drawn_by_the_collator_come_again(tmp_path: Path) -> None:
     assert_bit_equal(resumed.model.state_dict(), straight.model.state_dict())
 
     batches = trainer_of(model, tmp_path, **options, **SAVED)
-    batches._begin()
     labels = [part["labels"] for i in (3, 4) for part in batches.get_train_dataloader().dataset
               .__getitems__([i, 0, 1, 2])["parts"]]  # fmt: skip
     assert not torch.equal(*labels)  # steps differ
-
-    own_seed = DataCollatorForLanguageModeling(tokenizer, seed=1)
-    stubborn = trainer_of(model, tmp_path, **{**options, "data_collator": own_seed}, **SAVED)
-    with pytest.raises(dpzoo.InputError, match="other values for the same rows the second time"):
-        stubborn.train()
 
 
 # --- what is on disk ----------------------------------------------------------------------------
@@ -299,10 +339,16 @@ def test_what_a_checkpoint_says(checkpoint: Path) -> None:
     assert "noise_seed" not in (checkpoint / STATE_NAME).read_text()  # it may be published
     mode = (checkpoint / RANDOM_STATE_NAME).stat().st_mode
     assert stat.S_IMODE(mode) == 0o600  # secret
-    assert json.loads((checkpoint.parent / LEDGER_NAME).read_text()) == {state["run"]: 4}
+    assert Ledger(checkpoint.parent / LEDGER_NAME).steps(state["run"]) == 4
+    key = torch.load(checkpoint / RANDOM_STATE_NAME, weights_only=True)
+    for secret in (key["key"], key["noise"]["noise"]["key"]):
+        for path in (checkpoint / STATE_NAME, checkpoint.parent / LEDGER_NAME):
+            assert secret not in path.read_text()
 
 
 def copied(checkpoint: Path, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    shutil.copy(checkpoint.parent / LEDGER_NAME, folder / LEDGER_NAME)
     return Path(shutil.copytree(checkpoint, folder / "checkpoint-2"))
 
 
@@ -313,16 +359,69 @@ def test_a_checkpoint_without_privacy_is_refused(
     folder = copied(checkpoint, tmp_path)
     (folder / name).unlink()
     with pytest.raises(dpzoo.InputError, match=f"checkpoint-2 has no {name}, so it is not known"):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(folder))
+    with pytest.raises(dpzoo.InputError, match=r"No checkpoint of .* is whole, of checkpoint-2"):
         trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
+@pytest.mark.parametrize("how", ["gone", "changed"])
+def test_files_of_a_checkpoint_are_missed(
+    start: Any, checkpoint: Path, name: str, how: str, tmp_path: Path
+) -> None:
+    path = copied(checkpoint, tmp_path) / name
+    if how == "gone":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(dpzoo.InputError, match=f"{name} is {how} since the checkpoint was written"):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
+
+
+def test_the_newest_whole_checkpoint_is_resumed(
+    start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed_run(start, tmp_path, 7)
+    (tmp_path / "checkpoint-6" / STATE_NAME).unlink()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    trainer = trainer_of(start, tmp_path, **SAVED)
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-6 is passed over" in caplog.text
+    assert "checkpoint-4 is passed over" in caplog.text
+    straight = trainer_of(start, tmp_path / "straight", **SAVED)
+    straight.train()
+    assert_bit_equal(trainer.model.state_dict(), straight.model.state_dict())
+
+
+def test_a_used_folder_is_not_used_again(start: Any, tmp_path: Path) -> None:
+    trainer_of(start, tmp_path, **SAVED).train()
+    with pytest.raises(dpzoo.InputError, match=r"holds another run \(checkpoint-"):
+        trainer_of(start, tmp_path, **SAVED).train()
+
+
+def test_a_finished_run_is_not_trained_on(start: Any, tmp_path: Path) -> None:
+    first = trainer_of(start, tmp_path, **SAVED | {"save_strategy": "epoch"})
+    first.train()
+    again = trainer_of(start, tmp_path, **SAVED | {"save_strategy": "epoch"})
+    result = again.train(resume_from_checkpoint=True)
+    assert result.global_step == 7
+    assert again.epsilon == first.epsilon
+    assert_bit_equal(again.model.state_dict(), first.model.state_dict())
 
 
 def test_a_state_of_another_version_is_refused(
     start: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = copied(checkpoint, tmp_path) / STATE_NAME
-    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
-    with pytest.raises(dpzoo.InputError, match=r"has version 9, wanted 1\. Resume"):
-        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=True)
+    path.write_text(path.read_text().replace('"version": 2', '"version": 9'))
+    with pytest.raises(dpzoo.InputError, match=r"has version 9, wanted 2\. Resume"):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
+    path.write_text("{")
+    with pytest.raises(dpzoo.InputError, match="is damaged"):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
 
 
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -358,14 +457,6 @@ def test_a_changed_setting_is_refused(
     assert_bit_equal(trainer.model.state_dict(), start.state_dict())  # nothing was touched
 
 
-def test_changed_rows_are_refused(start: Any, checkpoint: Path, tmp_path: Path) -> None:
-    rows = Rows(BERT)
-    rows.batch["input_ids"][5, 0] += 1
-    trainer = trainer_of(start, tmp_path, train_dataset=rows, **SAVED)
-    with pytest.raises(dpzoo.InputError, match="gives other rows than in the run that is resumed"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-
-
 def test_what_steps_do_not_depend_on_may_change(
     start: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -374,7 +465,7 @@ def test_what_steps_do_not_depend_on_may_change(
     options = SAVED | {"save_steps": 3, "logging_strategy": "steps", "logging_steps": 2}
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Rows(BERT)}
     resumed = trainer_of(start, tmp_path / "resumed", **options, **evaluation)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed.train(resume_from_checkpoint=str(copied(checkpoint, tmp_path / "copy")))
     assert_bit_equal(resumed.model.state_dict(), straight.model.state_dict())
 
 
@@ -399,7 +490,7 @@ def test_only_models_are_saved_where_only_they_are_asked_for(start: Any, tmp_pat
     assert (tmp_path / "checkpoint-2" / STATE_NAME).is_file()
     again = trainer_of(start, tmp_path, **SAVED, save_only_model=True)
     with pytest.raises(dpzoo.InputError, match=f"has no {RANDOM_STATE_NAME}"):
-        again.train(resume_from_checkpoint=True)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_noise_goes_on_after_a_resumption(start: Any, tmp_path: Path) -> None:
