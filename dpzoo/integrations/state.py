@@ -5,7 +5,7 @@ A checkpoint folder gets two files:
 - ``privacy.json``: the accountant's history, epsilon, delta, the noise multiplier and the settings that
   steps depend on. It may be published.
 - ``privacy_random_state.pt``: the keys of the noise, of the batches and of rows' randomness. It is SECRET:
-  whoever has it can compute the noise of the steps to come, and of those that were. Only its owner can read it.
+  whoever has it can compute the noise of all steps. Only its owner can read it.
 
 Beside the checkpoints, ``privacy_ledger.jsonl`` (`dpzoo.ledger`) has the steps that the run has begun,
 entered before each step is taken, and a keyed digest of what each released.
