@@ -6,9 +6,10 @@ import torch
 
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import Gradients
-from dpzoo.auditing.opacus_modes import ModeRun, OpacusMode, first_line
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
 from dpzoo.clipping.module import BookKeepingModule
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.errors import InputError
 
 
 class OneRow(BookKeepingOptimizer):
@@ -43,7 +44,7 @@ class BookMode(OpacusMode):
     """`dpzoo.PrivacyEngine`'s mode "bk" around a copy of a model.
 
     A row's gradient is read off the sum itself: all rows run together, and the row alone has a clip
-    factor. A scalar loss is taken for the mean of equal rows' losses.
+    factor. It takes one loss for each row.
     """
 
     def prepare(self, model: torch.nn.Module) -> Any:
@@ -71,7 +72,12 @@ class BookMode(OpacusMode):
 
     def losses(self, batch: Batch) -> torch.Tensor:
         losses = super().losses(batch)
-        return losses.expand(batch.rows) if losses.dim() == 0 else losses
+        if losses.dim() == 0:
+            raise InputError(
+                f"{PER_ROW_LOSS_ONLY['bk']}. Pass loss=... with one value for each row; "
+                f"dpzoo.ModelLoss(model) has them for transformers' models."
+            )
+        return losses
 
     def backward(self, batch: Batch, weights: torch.Tensor | None = None) -> None:
         losses = self.losses(batch)

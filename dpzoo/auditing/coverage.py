@@ -7,6 +7,7 @@ from torch import nn
 
 from dpzoo.auditing.capture import Trace
 from dpzoo.auditing.numerics import disagreements, largest
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import ShapeRow
 from dpzoo.auditing.subject import Subject
@@ -39,6 +40,9 @@ def unit(subject: Subject, record: Record) -> None:
     a batch that is not the first dimension. Opacus clips what it finds in the first dimension: with
     k of those to a row, a row contributes up to k times the clipping norm.
     """
+    if not _opacus(subject):
+        record.skip("bk follows the rows, in whatever dimension they are")
+        return
     record.ran()
     for kind, message in (
         ("multiple", "the first dimension of its inputs is a multiple of the number of rows"),
@@ -103,7 +107,10 @@ def _opacus(subject: Subject) -> bool:
 
 def _structure(subject: Subject, record: Record) -> None:
     """What the module tree says before anything runs."""
-    for error in ModuleValidator.validate(subject.model, strict=False):
+    opacus_errors = (
+        ModuleValidator.validate(subject.model, strict=False) if _opacus(subject) else []
+    )
+    for error in opacus_errors:
         record.find(
             "crash",
             f"PrivacyEngine.make_private refuses the model: {str(error).splitlines()[0][:160]}",
@@ -159,7 +166,7 @@ def _traced(subject: Subject, record: Record) -> None:
                 expected="a positional tensor",
                 got=f"keyword tensors of shapes {trace.calls[0].keywords}",
             )
-        if trace.unit == "shared":
+        if trace.unit == "shared" and _opacus(subject):
             call = trace.odd_call()
             record.find(
                 "crash",
@@ -182,8 +189,9 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
         calls = (
             [t.module for t in subject.traces if len(t.calls) > 1] if tying and not names else []
         )
+        scalar = mode == "bk" and PER_ROW_LOSS_ONLY["bk"] in run.error
         record.find(
-            "crash",
+            "note" if scalar else "crash",
             f"{mode} mode raises in its first step: {run.error}",
             "give the parameter one module and one call, use hooks mode, or dpzoo.convert(model)"
             if tying

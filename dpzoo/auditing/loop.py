@@ -15,7 +15,9 @@ from dpzoo.auditing.numerics import Gradients, row_norms
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport, CheckResult
-from dpzoo.clipping.noise import NoiseStreams
+from dpzoo.clipping.draws import Draws
+from dpzoo.clipping.noise import NoiseSource
+from dpzoo.clipping.optimizer import Release
 from dpzoo.errors import InputError
 
 
@@ -168,21 +170,20 @@ def _freshness(loop: Loop, record: Record) -> None:
 
 @contextmanager
 def _own_noise(loop: Loop) -> Iterator[None]:
-    """Noise of another stream in mode bk, so that the run's own goes on as if nothing had been."""
+    """Sums and noise of the audit's own in dpzoo's engine: the run's go on as if nothing had been."""
     optimizer = loop.optimizer
-    names = ("_streams", "_clipped_at", "max_grad_norm", "_rows", "_unclipped")
+    names = ("release", "draws", "sums", "_trained", "_clipped_at", "max_grad_norm", "_halves")
     kept = {n: vars(optimizer)[n] for n in names if n in vars(optimizer)}
-    generator = optimizer.generator if loop.mode == "bk" else None
-    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    if "release" in kept:
+        optimizer.release = Release(NoiseSource())
+    if "sums" in kept:
+        optimizer.sums = {}
     try:
-        if loop.mode == "bk":
-            optimizer._streams = NoiseStreams(generator)
         yield
     finally:
-        if loop.mode == "bk":
-            vars(optimizer).update(kept)
-        if state is not None and generator is not None:
-            generator.set_state(state)
+        vars(optimizer).update(kept)
+        if "draws" in kept:
+            optimizer.draws.restart()
 
 
 @contextmanager
@@ -194,11 +195,19 @@ def _restored(loop: Loop) -> Iterator[None]:
     kept = [{n: getattr(p, n) for n in names if hasattr(p, n)} for p in parameters]
     settings = {
         n: copy.copy(vars(optimizer)[n])
-        for n in ("noise_multiplier", "_step_skip_queue", "_is_last_step_skipped", "step_hook")
+        for n in (
+            "noise_multiplier",
+            "_step_skip_queue",
+            "_is_last_step_skipped",
+            "step_hook",
+            "draws",
+        )
         if n in vars(optimizer)
     }
     generator = getattr(optimizer, "generator", None)
     state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    if "draws" in settings:
+        optimizer.draws = Draws(strict=False)
     try:
         yield
     finally:
@@ -230,10 +239,12 @@ def _pre_step(loop: Loop, signal: float) -> Gradients:
             # What the two passes leave: the row's gradient, clipped.
             p.grad = torch.full_like(p, signal * _share_of(optimizer, signal))
         elif loop.mode == "bk":
-            p.summed_grad = torch.full_like(p, signal * _share_of(optimizer, signal))
+            optimizer.sums[p] = torch.full_like(p, signal * _share_of(optimizer, signal))
         else:
             p.grad_sample = torch.full_like(p, signal).detach()[None]
     clip = optimizer.max_grad_norm
+    if loop.mode == "bk":
+        optimizer._trained = frozenset(id(p) for p in optimizer.params)
     optimizer.pre_step()
     optimizer.max_grad_norm = clip  # which adaptive clipping has moved
     names = {id(p): n for n, p in loop.module.named_parameters()}
@@ -252,11 +263,14 @@ def _noise(loop: Loop, record: Record) -> None:
     if not isinstance(loop.optimizer.max_grad_norm, (int, float)):
         record.skip("a clipping norm for each layer")
         return
+    multiplier = loop.optimizer.noise_multiplier
     if sigma == 0:
         record.find("privacy", "noise_multiplier is 0: nothing is private")
         return
     with _restored(loop):
-        # The same draw with and without the row: the difference is the row, whatever the noise.
+        # The same noise with and without the row, or none: the difference is the row.
+        keyed = hasattr(loop.optimizer, "release")
+        loop.optimizer.noise_multiplier = 0.0 if keyed else loop.optimizer.noise_multiplier
         state = torch.get_rng_state()
         generator = getattr(loop.optimizer, "generator", None)
         inner = generator.get_state() if isinstance(generator, torch.Generator) else None
@@ -264,10 +278,11 @@ def _noise(loop: Loop, record: Record) -> None:
         torch.set_rng_state(state)
         if inner is not None and generator is not None:
             generator.set_state(inner)
-        if loop.mode == "bk":
-            loop.optimizer._streams = NoiseStreams(generator)
         with_row = _pre_step(loop, 1e6)
         row = {n: (with_row[n] - first[n])[None].double() for n in first}
         contribution = float(row_norms(row)[0])
+        if keyed:
+            loop.optimizer.noise_multiplier = multiplier
+            first = _pre_step(loop, 0.0)
         second = _pre_step(loop, 0.0)
     measure(record, [first, second], sigma * contribution, mode=loop.mode)

@@ -24,9 +24,9 @@ class Loop:
 
     @property
     def sampler(self) -> Any:
-        """The batch sampler beneath a BatchMemoryManager's."""
+        """The batch sampler beneath a BatchMemoryManager's and the engine's count."""
         sampler: Any = getattr(self.loader, "batch_sampler", None)
-        while type(sampler).__name__ == "BatchSplittingSampler":
+        while type(sampler).__name__ in ("BatchSplittingSampler", "CountedSampler"):
             sampler = sampler.sampler
         return sampler
 

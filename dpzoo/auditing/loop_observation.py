@@ -54,7 +54,7 @@ def observe(
         _clip_rate(loop, seen)
         return pre_step(*args, **kwargs)
 
-    for p in parameters:
+    for p in parameters if loop.mode == "ghost" else ():
         handles.append(p.register_post_accumulate_grad_hook(left_by_backward))
     handles.append(module.register_forward_pre_hook(counted))
     optimizer.pre_step = watched

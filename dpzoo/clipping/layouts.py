@@ -67,6 +67,9 @@ class Mixed:
 AnyLayout = Layout | Picked
 FIRST = Layout(0)
 
+SINGLE = Layout(-1000)
+"""Of a batch of one row: all entries are its own, whatever dimension they are in."""
+
 MARK = "_dpzoo_rows"
 """Attribute of a tensor that has rows: (number of rows, layout)."""
 
@@ -87,6 +90,8 @@ class Mixing(Exception):  # noqa: N818
 
 def row_ids(layout: AnyLayout, size: int, rows: int, device: torch.device) -> torch.Tensor:
     """The row of each entry along the layout's dimension, (size,)."""
+    if layout is SINGLE:
+        return torch.zeros(size, dtype=torch.long, device=device)
     if isinstance(layout, Picked):
         return layout.ids
     return torch.arange(size, device=device).div_(layout.inner, rounding_mode="floor") % rows
@@ -108,6 +113,8 @@ def rows_first(x: torch.Tensor, layout: AnyLayout, rows: int) -> torch.Tensor:
 
     `Picked` rows are padded with zeros to the longest row's number of entries: (rows, longest, ...).
     """
+    if layout is SINGLE:
+        return x.unsqueeze(0)
     if isinstance(layout, Picked):
         where = places(layout.ids, rows)
         out = x.new_zeros(rows, int(where[1]), *x.shape[1:])
@@ -145,6 +152,8 @@ def shifted(layout: AnyLayout, x: torch.Tensor, out: torch.Tensor) -> AnyLayout:
 
 def layout_key(layout: AnyLayout) -> Any:
     """What of a layout does not depend on the batch's sizes."""
+    if layout is SINGLE:
+        return "one row"
     if isinstance(layout, Picked):
         return "picked"
     return (layout.dim, layout.outer > 1, layout.inner > 1)

@@ -18,6 +18,7 @@ from dpzoo.clipping.functions import Function, tensors_in
 from dpzoo.clipping.layout_rules import RULES, elementwise, index, product
 from dpzoo.clipping.layouts import (
     FIRST,
+    SINGLE,
     AnyLayout,
     Layout,
     Mixed,
@@ -158,6 +159,9 @@ def _meet_matmul(recorder: Recorder, met: Meeting) -> Any:
         *(wide_z if v is z else v for v in args),
         **{k: wide_z if v is z else v for k, v in kwargs.items()},
     )
+    if recorder.rows == 1:
+        recorder.mark(out)
+        return out
     recorder.mark_all(
         out,
         product(
@@ -407,6 +411,9 @@ def _meet_setitem(recorder: Recorder, met: Meeting) -> Any:
     layout = recorder.layout_of(target)
     if not any(z is value for z in shared) or layout is None:
         raise Unknown
+    if recorder.rows == 1:
+        call(target, item, recorder.expanded(function, value, target, layout))
+        return None
     place = target[item]
     found = index(recorder.rows, (target, item), {}, target, layout, place)
     if isinstance(found, Mixed) or found is None:
@@ -493,20 +500,28 @@ def row_by_row(recorder: Recorder, met: Meeting) -> Any:
         try:
             samples = torch.func.vmap(one, randomness="error")(grads, kept)
         except Exception:  # a function without a rule for vmap: one row after the other
-            with torch.enable_grad():
-                leaves = [z.requires_grad_() for z in (c.clone() for c in constants)]
-                each = []
-                for i in range(rows):
-                    made = again([k[i] for k in kept], leaves)
-                    each.append(
-                        torch.autograd.grad(made, leaves, [g[i] for g in grads], allow_unused=True)
-                    )
-            samples = [
-                torch.stack([g if g is not None else torch.zeros_like(c) for g in column])
-                for column, c in zip(zip(*each, strict=True), constants, strict=True)
-            ]
+            samples = one_by_one(grads, kept, constants)
         for z, sample in zip(zs, samples, strict=True):
             book.add_dense(z, sample, function.name)
+
+    def one_by_one(grads: Any, kept: Any, constants: Any) -> list[torch.Tensor]:
+        leaves = [c.clone().requires_grad_() for c in constants]
+        each = []
+        try:
+            with torch.enable_grad():
+                for i in range(rows):
+                    made = again([k[i] for k in kept], leaves)
+                    given = [g[i] for g in grads]
+                    each.append(torch.autograd.grad(made, leaves, given, allow_unused=True))
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{function.name} of {named} cannot be run for one row ({str(error).splitlines()[0]}), so "
+                f"its per-row gradients cannot be had. Use other functions there, or freeze the parameter."
+            ) from error
+        return [
+            torch.stack([torch.zeros_like(c) if g is None else g for g in column])
+            for column, c in zip(zip(*each, strict=True), constants, strict=True)
+        ]
 
     saved = tuple(_at(flat, s) for s in row_spots)
     tapped = tuple(outs[k].clone() if k in smooth else outs[k] for k in range(len(outs)))
@@ -549,7 +564,7 @@ def _meet_einsum(recorder: Recorder, met: Meeting) -> Any:
         zip(("x", "z") if operands[0] is x else ("z", "x"), terms.split(","), strict=True)
     )
     layout = recorder.layout_of(x)
-    if isinstance(layout, Picked):
+    if isinstance(layout, Picked) or layout is SINGLE:
         raise Unknown
     letter = letters["x"][layout.dim]
     if letter in letters["z"]:
@@ -609,7 +624,7 @@ def _meet_grouped(recorder: Recorder, met: Meeting) -> Any:
     ):
         raise Unknown
     layout, rows = recorder.layout_of(x), recorder.rows
-    if layout.dim:
+    if layout.dim > 0:
         raise Unknown
     ids = row_ids(layout, len(x), rows, x.device)
     ends = offsets.tolist()

@@ -36,6 +36,7 @@ from dpzoo.clipping.layout_rules import order_of
 from dpzoo.clipping.layouts import (
     FIRST,
     MARK,
+    SINGLE,
     AnyLayout,
     Layout,
     Mixed,
@@ -114,6 +115,8 @@ class Recorder(TorchFunctionMode):
 
     def mark(self, value: Any, layout: Any = FIRST) -> None:
         """Say that a tensor has the batch's rows."""
+        if self.rows == 1:
+            layout = SINGLE
         setattr(value, MARK, (self.rows, layout))
 
     def layout_of(self, tensor: torch.Tensor) -> Any:
@@ -223,6 +226,8 @@ class Recorder(TorchFunctionMode):
         out: Any,
     ) -> Any:
         found: Any = None
+        if self.rows == 1:
+            return SINGLE
         if entry.name in FIRST_ONLY:
             rowed = [x for x in rowed if x is args[0]]
         try:
@@ -291,6 +296,9 @@ class Recorder(TorchFunctionMode):
             values = [x for x in rowed if x is not target]
             if entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
                 self._check_target(entry, args, kwargs, target, values)
+            return
+        if self.rows == 1:
+            self.mark(target)
             return
         found: Any = None
         try:
@@ -445,8 +453,7 @@ class Recorder(TorchFunctionMode):
             x: a tensor with rows.
             layout: of x.
         """
-        rows, size = self.rows, x.shape[layout.dim]
-        right = x.ndim - layout.dim  # the rows' dimension, from the right
+        rows = self.rows
         self.uses.append((entry.name, "expanded", self.owner.name_of(z), layout_key(layout)))
         if rows == 1:
 
@@ -454,6 +461,8 @@ class Recorder(TorchFunctionMode):
                 book.add_dense(z, grad.unsqueeze(0), entry.name)
 
             return self.tap(z, enter_one)
+        size = x.shape[layout.dim]
+        right = x.ndim - layout.dim  # the rows' dimension, from the right
         if z.ndim >= right and z.shape[-right] != 1:
             return self.tap_own(entry, z, z.ndim - right, layout, size)
         shape = [1] * max(z.ndim, right)
