@@ -156,14 +156,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     account(stepped)
 
             private_optimizer.attach_step_hook(pay)
-        private_optimizer.watch = FrozenWatch(
-            module, getattr(private_optimizer, "drop", lambda: None)
-        )
+        _watch(private, module, getattr(private_optimizer, "drop", lambda: None))
         if poisson_sampling:
             if isinstance(loader.dataset[0], dict) or grad_sample_mode == "bk":
                 prime_empty_batches(loader)
             count_draws(loader, draws)
-        _refuse_equal_ranks(private_optimizer)
+            _refuse_equal_ranks(private_optimizer)
         if grad_sample_mode != "bk":
             if len(made) == 4:
                 _count_ghost_rows(made[2], draws)
@@ -379,6 +377,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     path,
                 )
         return checkpoint
+
+
+def _watch(private: Any, module: nn.Module, dropped: Any) -> None:
+    """Watch what must not change, for as long as the wrapper has its own hooks."""
+    watch, remove_hooks = FrozenWatch(module, dropped), private.remove_hooks
+
+    def removed() -> None:
+        watch.remove()
+        remove_hooks()
+
+    private.remove_hooks = removed
 
 
 def _check_delta(name: str, delta: Any) -> None:

@@ -11,27 +11,21 @@ import torch
 from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 from torch import nn
 
-from dpzoo.grad_samplers.lm_head import (
-    Use,
-    head_grad_sample,
-    take_deferred,
-    uses_inner_product,
-)
-from dpzoo.grad_samplers.wide import wide, without_autocast
+from dpzoo.factors import EmbeddingFactors, GradFactors, total_squared_norm, upcast
+from dpzoo.grad_samplers.lm_head import take_deferred
+from dpzoo.grad_samplers.wide import without_autocast
 from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
 
 
-def _rows(
-    layer: nn.Embedding, ids: torch.Tensor, backprops: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (batch, length) and gradients (batch, length, hidden), float32 or wider, padding zeroed."""
+def _factors(layer: nn.Embedding, ids: torch.Tensor, backprops: torch.Tensor) -> EmbeddingFactors:
+    """The look-up's factors: ids (batch, length) and gradients (batch, length, hidden), padding zeroed."""
     batch = ids.shape[0]
     length = ids[0].numel() if batch else 0
     ids = ids.reshape(batch, length)
-    values = wide(backprops.reshape(batch, length, layer.embedding_dim))
+    values = upcast(backprops.reshape(batch, length, layer.embedding_dim))
     if layer.padding_idx is not None:
         values = values.masked_fill((ids == layer.padding_idx).unsqueeze(-1), 0)
-    return ids, values
+    return EmbeddingFactors(ids, values, layer.num_embeddings)
 
 
 @register_grad_sampler([TokenEmbedding, PositionEmbedding])
@@ -50,12 +44,9 @@ def embedding_grad_sample(
         Entry i depends on row i alone, and equals what autograd gives for row i, the share of a
         tied `LMHead` of the same forward pass included.
     """
-    ids, values = _rows(layer, activations[0], backprops)
-    batch, _, hidden = values.shape
-    grads = values.new_zeros(batch, layer.num_embeddings, hidden)
-    grads.scatter_add_(1, ids.unsqueeze(-1).expand_as(values), values)
+    grads = _factors(layer, activations[0], backprops).dense()
     for use in take_deferred(layer):
-        grads += head_grad_sample(use)
+        grads += use.dense()
     return {layer.weight: grads}
 
 
@@ -73,26 +64,6 @@ def embedding_norm_sample(
 
     Args and Guarantees as in `embedding_grad_sample`.
     """
-    ids, values = _rows(layer, activations[0], backprops)
-    batch, length, hidden = values.shape
-    row = torch.arange(batch, device=ids.device).unsqueeze(-1)
-    keys, inverse = torch.unique(row * layer.num_embeddings + ids, return_inverse=True)
-    sums = values.new_zeros(len(keys), hidden)
-    sums.index_add_(0, inverse.reshape(-1), values.reshape(batch * length, hidden))
-    squared = values.new_zeros(batch)
-    owner = torch.div(keys, layer.num_embeddings, rounding_mode="floor")
-    squared.index_add_(0, owner, sums.square().sum(-1))
-
-    uses = take_deferred(layer)
-    for i, use in enumerate(uses):
-        inputs, grads = use
-        # l_s[id_t]: (batch, seq, vocab) gathered at (batch, seq, length)
-        at_ids = grads.gather(2, ids.unsqueeze(1).expand(-1, grads.shape[1], -1))
-        squared += 2 * (at_ids * torch.matmul(inputs, values.transpose(1, 2))).sum((1, 2))
-        squared += uses_inner_product(use, use)
-        for other in uses[:i]:
-            squared += 2 * uses_inner_product(use, other)
-    return {layer.weight: squared.clamp(min=0).sqrt()}
-
-
-__all__ = ["Use", "embedding_grad_sample", "embedding_norm_sample"]
+    uses: list[GradFactors] = [_factors(layer, activations[0], backprops)]
+    uses += take_deferred(layer)
+    return {layer.weight: total_squared_norm(uses).clamp(min=0).sqrt()}

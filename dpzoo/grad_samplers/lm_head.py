@@ -19,32 +19,14 @@ from opacus.grad_sample import register_grad_sampler
 from torch import nn
 
 from dpzoo.errors import UnsupportedModelError
-from dpzoo.grad_samplers.wide import wide, without_autocast
+from dpzoo.factors import LayerInput, LinearFactors, upcast
+from dpzoo.grad_samplers.wide import without_autocast
 from dpzoo.layers.lm_head import LMHead
-
-Use = tuple[torch.Tensor, torch.Tensor]
-"""One use of a tied weight as a projection: inputs (batch, seq, hidden), output gradients
-(batch, seq, vocab)."""
 
 _DEFERRED = "_dpzoo_deferred_uses"
 
 
-def head_grad_sample(use: Use) -> torch.Tensor:
-    """The per-sample gradient of one use, shape (batch, vocab, hidden)."""
-    inputs, grads = use
-    return torch.einsum("nsv,nsh->nvh", grads, inputs)
-
-
-def uses_inner_product(a: Use, b: Use) -> torch.Tensor:
-    """``<H_a, H_b> = sum_{s,r} <l_s, l_r> <h_s, h_r>`` per sample, shape (batch,).
-
-    The Gram form of Li et al. 2021 (arXiv 2110.05679): two (batch, seq, seq) products.
-    """
-    gram = torch.matmul(a[1], b[1].transpose(1, 2))
-    return (gram * torch.matmul(a[0], b[0].transpose(1, 2))).sum((1, 2))
-
-
-def take_deferred(layer: nn.Module) -> list[Use]:
+def take_deferred(layer: nn.Module) -> list[LinearFactors]:
     """The uses that a head left for the sampler of this layer; they are forgotten with this call."""
     return [*vars(layer.weight).pop(_DEFERRED, []), *vars(layer).pop(_DEFERRED, [])]
 
@@ -90,18 +72,19 @@ def lm_head_grad_sample(
         is counted once in the row's gradient and in its norm.
     """
     # Under autocast the layer rounded its input to the dtype of its output; so does its gradient.
-    use = (wide(activations[0].to(backprops.dtype)), wide(backprops))
+    inputs = upcast(activations[0].to(backprops.dtype))
+    use = LinearFactors(upcast(backprops), LayerInput(inputs))
     samples: dict[torch.Tensor, torch.Tensor] = {}
     if layer.bias is not None and layer.bias.requires_grad:
-        samples[layer.bias] = use[1].sum(1)
+        samples[layer.bias] = use.grads.sum(1)
     if layer.weight.requires_grad:
         waits_at = _deferred_to(layer)
         if waits_at is None:
-            samples[layer.weight] = head_grad_sample(use)
+            samples[layer.weight] = use.dense()
             for deferred in take_deferred(layer):
-                samples[layer.weight] += head_grad_sample(deferred)
+                samples[layer.weight] += deferred.dense()
         else:
             vars(waits_at).setdefault(_DEFERRED, []).append(use)
             if waits_at is layer.table:
-                samples[layer.weight] = use[0].new_zeros(len(use[0]), 1)
+                samples[layer.weight] = inputs.new_zeros(len(inputs), 1)
     return samples

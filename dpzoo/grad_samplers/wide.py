@@ -15,16 +15,12 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
 from torch import nn
 
+from dpzoo.factors import upcast
 from dpzoo.layers.precision import WideLayerNorm, WideLinear
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Samples = dict[torch.Tensor, torch.Tensor]
 Sampler = Callable[[Layer, list[torch.Tensor], torch.Tensor], Samples]
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32, or as it is if it is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def without_autocast(sampler: Sampler[Layer]) -> Sampler[Layer]:
@@ -44,8 +40,8 @@ def linear_grad_sample(
     layer: WideLinear, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> Samples:
     """Opacus' per-sample gradients of a linear layer, (batch, out, in) and (batch, out)."""
-    inputs = wide(activations[0].to(backprops.dtype))
-    return compute_linear_grad_sample(layer, [inputs], wide(backprops))
+    inputs = upcast(activations[0].to(backprops.dtype))
+    return compute_linear_grad_sample(layer, [inputs], upcast(backprops))
 
 
 @register_norm_sampler(WideLinear)
@@ -54,8 +50,8 @@ def linear_norm_sample(
     layer: WideLinear, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> Samples:
     """Opacus' norms of the per-sample gradients of a linear layer, (batch,)."""
-    inputs = wide(activations[0].to(backprops.dtype))
-    return compute_linear_norm_sample(layer, [inputs], wide(backprops))
+    inputs = upcast(activations[0].to(backprops.dtype))
+    return compute_linear_norm_sample(layer, [inputs], upcast(backprops))
 
 
 @register_grad_sampler(WideLayerNorm)
@@ -64,4 +60,4 @@ def layer_norm_grad_sample(
     layer: WideLayerNorm, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> Samples:
     """Opacus' per-sample gradients of a LayerNorm, (batch, hidden)."""
-    return compute_layer_norm_grad_sample(layer, [wide(activations[0])], wide(backprops))
+    return compute_layer_norm_grad_sample(layer, [upcast(activations[0])], upcast(backprops))

@@ -111,7 +111,6 @@ class PrivateStep:
     def detach(self) -> None:
         """Leave the model as it was, an ordinary one."""
         self._hooks.cleanup()
-        self.optimizer.watch.remove()
 
 
 def _refuse_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -72,7 +72,7 @@ def test_amortized_draws_noise_once(workload: Workload, monkeypatch: pytest.Monk
     step = Step(workload, "bk")
     drawn: list[float] = []
     monkeypatch.setattr(
-        step.optimizer, "_noise_in_place", lambda grads, std: drawn.append(std), raising=True
+        step.optimizer, "_noise_in_place", lambda grads, std, scale: drawn.append(std), raising=True
     )
     step("amortized", every=4)
     assert drawn == [1.0]

@@ -92,6 +92,7 @@ def test_micro_batches_give_the_same_sums(size: int) -> None:
             noise_multiplier=0.0,
             max_grad_norm=1.0,
             grad_sample_mode="bk",
+            poisson_sampling=False,
         )
         for part in micro_batches(rows.columns, parts):
             criterion(private(**part)).backward()

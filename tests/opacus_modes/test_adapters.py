@@ -288,7 +288,9 @@ def test_bk_enters_no_use_of_a_frozen_weight(name: str, monkeypatch: pytest.Monk
     assert not products.shapes & (shapes[False] - shapes[True])
 
     # With nothing frozen the same products are there: the look-out above can see.
+    step.engine.cleanup()
     zoo.requires_grad_(True)
+    step = Step(name, zoo, "bk")
     with Products() as products:
         step.backward(batch_for(name))
     assert products.shapes & (shapes[False] - shapes[True])

@@ -267,10 +267,8 @@ EXCESS = {
     ("hooks", "weights"): 0.01,  # Opacus rounds clip factor and sum to bfloat16: 2 x 2^-8
     ("ghost", "autocast"): 0.05,  # a second backward pass rounds anew: its gradient is another one
     ("ghost", "weights"): 0.05,
-    ("bk", "autocast"): 1e-6,  # dpzoo's own engine: one backward pass, and float32 after it
-    ("bk", "weights"): 1e-6,
 }
-"""By how much a clipped row may exceed C, relative. The values of 1e-6 are bounds; the others are
+"""By how much a clipped row may exceed C, relative. That of 1e-6 is a bound; the others are
 twice and more of what was seen on these models (0.3 %, 0.6 % and 0.3 %) and can be exceeded."""
 
 
@@ -299,7 +297,10 @@ def test_what_a_clipped_row_contributes(name: str, mode: str, kind: str) -> None
         narrow = kind == "weights" and mode != "bk"
         assert {value.dtype for value in sums} == {BF16 if narrow else torch.float32}
         norm = float(torch.stack([value.double().norm() for value in sums]).norm())
-        assert norm == pytest.approx(clip, rel=EXCESS[mode, kind])
+        if mode == "bk":  # clips by an upper bound of the norm: never above, and hardly below
+            assert clip * (1 - 1e-5) <= norm <= clip * (1 + 1e-6)
+        else:
+            assert norm == pytest.approx(clip, rel=EXCESS[mode, kind])
         step.optimizer.zero_grad()
 
 
