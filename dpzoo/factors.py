@@ -110,6 +110,8 @@ class LinearFactors:
         if length == 1:
             return self.grads.square().sum((1, 2)) * self.inputs.square().sum((1, 2)), None
         strip = max(-(-length // BLOCKS), SHORTEST_STRIP)
+        if self.grads.device.type != "cpu":  # there a launch costs more than the products it saves
+            strip = length
         total, magnitude = self.grads.new_zeros(n), self.grads.new_zeros(n)
         for start in range(0, length, strip):
             rows = slice(start, start + strip)

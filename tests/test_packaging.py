@@ -131,7 +131,7 @@ def test_the_wheel_holds_what_the_library_needs(archives: dict[str, set[str]]) -
         for path in tracked_files()
         if path.is_relative_to(ROOT / "dpzoo") and path.suffix == ".py"
     }
-    data = {"dpzoo/py.typed", "dpzoo/catalogue.toml"}
+    data = {"dpzoo/py.typed", "dpzoo/catalogue.toml", "dpzoo/families/verified.json"}
     data |= {f"dpzoo/tiny_configs/{path.name}" for path in CONFIGS}
     assert inside == code | data
     assert any(name.endswith("licenses/LICENSE") for name in archives["wheel"])

@@ -59,27 +59,6 @@ class Uses:
         else:
             self.factors.append(use)
 
-    def upper_bound(self) -> torch.Tensor:
-        """Squared norms that hold under rounding, (rows,); see `dpzoo.factors`."""
-        assert self.squared is not None
-        squared = self.squared.clamp(min=0)
-        if self.magnitude is None:
-            return squared
-        unit = torch.finfo(squared.dtype).eps / 2
-        return (
-            (squared + 4 * unit * self.magnitude.square())
-            .sqrt()
-            .add(2 * unit * self.magnitude)
-            .square()
-        )
-
-    def cancelled(self) -> torch.Tensor | None:
-        """The rows whose squared norm may be mostly rounding, (rows,); None: none can be."""
-        if self.magnitude is None or self.squared is None:
-            return None
-        unit = torch.finfo(self.squared.dtype).eps / 2
-        return 4 * unit * self.magnitude.square() > CANCELLED * self.squared
-
     def recompute(self, rows: torch.Tensor) -> None:
         """Compute the squared norms of some rows in float64."""
         assert self.squared is not None
@@ -281,14 +260,18 @@ class Book:
         for parameter, regions in self._uses.items():
             if len(regions) > 1 and _overlap(parameter, list(regions)):
                 self._uses[parameter] = {None: self._whole(parameter, regions)}
-        everything = [uses for regions in self._uses.values() for uses in regions.values()]
-        doubtful = [(uses, rows) for uses in everything if (rows := uses.cancelled()) is not None]
-        if doubtful and bool(torch.stack([rows.any() for _, rows in doubtful]).any()):
-            for uses, rows in doubtful:
-                if bool(rows.any()):
-                    uses.recompute(rows)
+        by_kind: dict[Any, list[Uses]] = {}
+        for regions in self._uses.values():
+            for uses in regions.values():
+                assert uses.squared is not None
+                by_kind.setdefault((uses.squared.device, uses.squared.dtype), []).append(uses)
+        bounds: dict[int, torch.Tensor] = {}
+        for group in by_kind.values():
+            bounds.update(zip(map(id, group), _upper_bounds(group).unbind(), strict=True))
         return {
-            parameter: torch.stack([uses.upper_bound() for uses in regions.values()]).sum(0)
+            parameter: bounds[id(next(iter(regions.values())))]
+            if len(regions) == 1
+            else torch.stack([bounds[id(uses)] for uses in regions.values()]).sum(0)
             for parameter, regions in self._uses.items()
         }
 
@@ -352,6 +335,25 @@ class Book:
                     view += use.add_to(None, scale).reshape(view.shape)
         assert total is not None  # a parameter that was reached has a use
         return total
+
+
+def _upper_bounds(group: list[Uses]) -> torch.Tensor:
+    """Squared norms that hold under rounding, (uses, rows); see `dpzoo.factors`.
+
+    Where the rounding may be a good part of a squared norm, it is computed once more in float64.
+    """
+    zeros = torch.zeros_like(group[0].squared)  # type: ignore[arg-type]
+    squared = torch.stack([uses.squared for uses in group])  # type: ignore[misc]
+    magnitude = torch.stack([zeros if u.magnitude is None else u.magnitude for u in group])
+    unit = torch.finfo(squared.dtype).eps / 2
+    rounding = 4 * unit * magnitude.square()
+    doubtful = rounding > CANCELLED * squared
+    if bool(doubtful.any()):
+        for uses, rows in zip(group, doubtful, strict=True):
+            if bool(rows.any()):
+                uses.recompute(rows)
+        squared = torch.stack([uses.squared for uses in group])  # type: ignore[misc]
+    return ((squared.clamp(min=0) + rounding).sqrt() + 2 * unit * magnitude).square()
 
 
 def _added(
