@@ -127,7 +127,7 @@ class Book:
             name: the function's.
         """
         parameter, region = self._place(z)
-        order = list(range(z.ndim)) if parameter is z else _falling(z)
+        order = list(range(z.ndim)) if parameter is None or parameter is z else _falling(z)
         if z.ndim == 2 and order == [1, 0]:
             turned = not turned
         elif order != list(range(z.ndim)):
@@ -197,13 +197,11 @@ class Book:
         base = z._base
         if base is None or id(base) not in self._parameters or base.dtype != z.dtype:
             return None, None
-        if not base.is_contiguous() or any(
-            s == 0 for s, n in zip(z.stride(), z.shape, strict=True) if n > 1
-        ):
-            return None, None
         order = _falling(z)
         sizes = tuple(z.shape[d] for d in order)
         strides = tuple(z.stride(d) for d in order)
+        if not base.is_contiguous() or _meets_itself(sizes, strides):
+            return None, None
         offset = int(z.storage_offset() - base.storage_offset())
         if z.numel() == base.numel():  # the whole of it, in another shape or turned
             return base, None
@@ -395,6 +393,17 @@ def _falling(z: torch.Tensor) -> list[int]:
     strides: tuple[int, ...] = z.stride()
     order = sorted((d for d in range(z.ndim) if z.shape[d] > 1), key=lambda d: -strides[d])
     return [order.pop(0) if z.shape[d] > 1 else d for d in range(z.ndim)]
+
+
+def _meets_itself(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a view may have one entry of the memory at two places: an expanded one, windows."""
+    reach = 0
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 _OVERLAPS: dict[Any, bool] = {}

@@ -367,8 +367,16 @@ def index_select(
 
 def gather(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """Entries along a dimension by number, at each place of the others."""
-    dim = _argument(args, kwargs, 1, ("dim",))
+    at = 2 if len(args) > 1 and isinstance(args[1], torch.Tensor) else 1  # take_along_dim
+    dim = _argument(args, kwargs, at, ("dim",))
     if dim is None or dim % x.ndim == layout.dim:
+        raise Mixing
+    return layout
+
+
+def renorm(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+    """Slices along one dimension, each scaled by its norm over all others."""
+    if layout.dim != _argument(args, kwargs, 2, ("dim",)) % x.ndim:
         raise Mixing
     return layout
 
@@ -601,7 +609,7 @@ def _table() -> dict[str, Rule]:
     rules["sort"] = rules["argsort"] = rules["glu"] = along(1, -1)
     rules["topk"] = rules["kthvalue"] = along(2, -1)
     rules["normalize"] = along(2, 1)
-    rules["renorm"] = along(2)
+    rules["renorm"] = renorm
     rules["gumbel_softmax"] = along(4, -1)
     for name in names(
         "sum mean amax amin max min prod std var std_mean var_mean all any argmax argmin "
