@@ -215,9 +215,9 @@ class Book:
         """Turn per-row gradients of computed tensors into such of their parameters."""
         while self._derived:
             _, (z, grads) = self._derived.popitem()
-            known = getattr(z, "_dpzoo_lookup", None)
-            if known is not None and id(known[0]) in self._parameters:
-                table, ids, padding = known
+            looked_up = layouts.known(z, layouts.LOOKED_UP)
+            if looked_up is not None and id(looked_up[0]) in self._parameters:
+                table, ids, padding = looked_up
                 ids = ids.reshape(1, -1).expand(self.rows, -1)
                 spread = grads.reshape(self.rows, ids.shape[1], -1)
                 self.add_embedding(table, ids, spread, padding, "embedding")

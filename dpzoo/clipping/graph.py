@@ -12,8 +12,11 @@ from dpzoo.errors import InputError
 
 
 def refuse_unseen(
-    losses: torch.Tensor, name_of: Callable[[torch.Tensor], str], trained: Any
-) -> None:
+    losses: torch.Tensor,
+    name_of: Callable[[torch.Tensor], str],
+    trained: Any,
+    mixed: list[tuple[Any, str]],
+) -> frozenset[str]:
     """Raise if the losses use a parameter in a way that no tap recorded.
 
     The graph is walked from the losses. At a tap the walk goes on with the tensors of rows that went
@@ -24,6 +27,10 @@ def refuse_unseen(
         losses: the rows' losses, (rows,).
         name_of: a parameter's name.
         trained: ids of the parameters that are trained.
+        mixed: nodes of outputs in which rows were combined, and the function that combined them.
+
+    Returns:
+        Names of the functions of the graph.
 
     Raises:
         InputError: a parameter is used outside the private forward pass (in the criterion, say, or in
@@ -33,6 +40,7 @@ def refuse_unseen(
             calls: they would get no gradient at all.
     """
     seen: set[Any] = set()
+    names: set[str] = set()
     ahead: list[Any] = [losses.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -42,7 +50,9 @@ def refuse_unseen(
         if isinstance(node, TAP):
             ahead.extend(node.parents)
             continue
-        if "CheckpointFunction" in node.name():
+        name = node.name()
+        names.add(name)
+        if "CheckpointFunction" in name:
             raise InputError(
                 "grad_sample_mode='bk' got losses that come through a reentrant activation checkpoint, "
                 "wanted use_reentrant=False: in gradient_checkpointing_enable({'use_reentrant': False}), "
@@ -59,3 +69,11 @@ def refuse_unseen(
                     f"functions that the model's forward calls: elsewhere its per-sample gradients "
                     f"cannot be had. Move that use into the forward, or freeze the parameter."
                 )
+    for node, function in mixed:
+        if node in seen:
+            raise InputError(
+                f"The recorded per-sample gradients are not those of the rows: the losses use an output in "
+                f"which {function} combined rows of the batch, wanted each row by itself: what one row "
+                f"computes must not depend on another. dpzoo.audit(model, batch) says which rows."
+            )
+    return frozenset(names)

@@ -73,6 +73,18 @@ SINGLE = Layout(-1000)
 MARK = "_dpzoo_rows"
 """Attribute of a tensor that has rows: (number of rows, layout)."""
 
+SAME = "_dpzoo_same"
+"""Attribute of a shared tensor: dimensions along which all its entries are equal by construction."""
+
+LOOKED_UP = "_dpzoo_lookup"
+"""Attribute of a shared tensor: (table, ids, padding_idx), of which it is the look-up."""
+
+
+def known(z: torch.Tensor, name: str) -> Any:
+    """What `SAME` or `LOOKED_UP` says of a shared tensor; None if it was changed in place since."""
+    version, value = getattr(z, name, (-1, None))
+    return value if version == z._version else None
+
 
 def layout_of(tensor: torch.Tensor, rows: int) -> AnyLayout | Mixed | None:
     """The layout of a tensor's rows; None if it has none."""

@@ -56,7 +56,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._depth = 0
         self._eager = contextlib.ExitStack()
         self._verifying = False
-        self._verified: set[int] = set()
+        self._checked: dict[int, int] = {}  # kind of batch -> batches of it so far
+        self._earlier: set[Any] = set()  # uses in earlier forward passes, since the last backward
         self._names: dict[int, str] = {}
         self._norms: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
@@ -75,6 +76,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             return
         tensors = list(_tensors_of((args, kwargs)))
         rows = _rows_of(kwargs, tensors)
+        if self._recorder is not None and not self._recorder.spent:
+            self._earlier.update(self._recorder.uses)
         self._recorder = None
         if not rows:  # an empty batch has no gradients
             return
@@ -94,6 +97,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         if self._depth == 0 and self._recorder is not None and torch.is_grad_enabled():
             self._recorder.__exit__(None, None, None)
             self._eager.close()
+            self._recorder.see_outputs(_tensors_of(output))
 
     def name_of(self, tensor: torch.Tensor) -> str:
         """A trained parameter's name, or what a tensor that comes from parameters was computed by."""
@@ -177,23 +181,30 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"The losses have {rows} rows and the batch had {recorder.rows}, wanted one loss for each "
                 f"row of the batch, from one call of the model."
             )
-        refuse_unseen(losses, self.name_of, self._names)
-        known = hash((frozenset(recorder.uses), losses.grad_fn.name()))
-        check = known not in self._verified
+        functions = refuse_unseen(losses, self.name_of, self._names, recorder.mixed)
+        kind = hash((frozenset((*recorder.uses, *self._earlier)), functions, rows > 1))
+        count = self._checked.get(kind, 0) + 1
+        # Not the first alone: a layer that starts at zero (LoRA's B, a gate) hides what is below it.
+        check = count & (count - 1) == 0
         self._book = book
         try:
             total = losses.sum()
             run_backward(recorder, total, self.anchor, retain_graph=check)
         finally:
             self._book = None
+        recorder.refuse_changed()
         squared = book.squared_norms()
+        done = True
         if check:
             self._verifying = True
             try:
-                verify(losses, book, squared, parameters, self.name_of, recorder)
+                done = verify(losses, book, squared, parameters, self.name_of, recorder)
             finally:
                 self._verifying = False
-            self._verified.add(known)
+        if done:
+            self._checked[kind] = count
+        recorder.spent = True
+        self._earlier.clear()
         return book
 
     # --- reading, not private -------------------------------------------------------------------

@@ -23,7 +23,8 @@ user hooks and parametrisations need no special case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ from dpzoo.clipping.functions import FIRST_ONLY, FUNCTIONS, PLAIN, Function, res
 from dpzoo.clipping.layout_rules import order_of
 from dpzoo.clipping.layouts import (
     FIRST,
+    LOOKED_UP,
     MARK,
+    SAME,
     SINGLE,
     AnyLayout,
     Layout,
@@ -43,6 +46,7 @@ from dpzoo.clipping.layouts import (
     Mixing,
     Picked,
     Unknown,
+    known,
     layout_key,
     layout_of,
     per_row,
@@ -53,11 +57,8 @@ from dpzoo.clipping.layouts import (
 from dpzoo.clipping.meetings import MEETINGS, Meeting, row_by_row
 from dpzoo.errors import InputError, UnsupportedModelError
 
-SAME = "_dpzoo_same"
-"""Attribute of a shared tensor: dimensions along which all its entries are equal by construction."""
-
-LOOKED_UP = "_dpzoo_lookup"
-"""Attribute of a shared tensor: (table, ids, padding_idx), of which it is the look-up."""
+PICKING = ("getitem", "unbind", "select", "split", "chunk")
+"""Functions that take single rows out of a batch: not alone a reason to refuse what a row computes."""
 
 Enter = Callable[..., None]
 
@@ -106,6 +107,11 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Any] = []
         """What met what, in which layout: equal for two batches that are recorded in the same way."""
         self.guessed = False
+        self.spent = False
+        """Whether a backward pass was recorded."""
+        self.mixed: list[tuple[Any, str]] = []
+        """Nodes of outputs in which rows were combined, and the function that combined them."""
+        self._met: list[tuple[Any, int, str]] = []
         self.part: torch.Tensor | None = None
         """The first tensor of the batch, (rows, ...)."""
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
@@ -241,6 +247,7 @@ class Recorder(TorchFunctionMode):
                 elif one is not None and one != found and not self._same_rows(one, found, out):
                     raise Mixing
         except Mixing:
+            self.uses.append(("mixed", entry.name))
             floating = any(t.is_floating_point() or t.is_complex() for t in tensors_in([out]))
             return Mixed(entry.name) if floating else None
         except Unknown:
@@ -374,15 +381,15 @@ class Recorder(TorchFunctionMode):
             ids, table = args[0], args[1]
             if isinstance(table, torch.Tensor) and table.is_leaf:
                 padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-                setattr(out, LOOKED_UP, (table, ids, padding))
+                setattr(out, LOOKED_UP, (out._version, (table, ids, padding)))
         elif entry.name == "getitem" and isinstance(args[1], torch.Tensor) and args[0].is_leaf:
             if args[1].ndim == 1 and args[1].dtype == torch.int64 and bool((args[1] >= 0).all()):
-                setattr(out, LOOKED_UP, (args[0], args[1], None))
+                setattr(out, LOOKED_UP, (out._version, (args[0], args[1], None)))
         elif entry.name in ("repeat", "tile") and isinstance(out, torch.Tensor):
             source = shared[0]
             more = out.ndim - source.ndim
             same = {d for d in range(out.ndim) if d < more or source.shape[d - more] == 1}
-            setattr(out, SAME, same)
+            setattr(out, SAME, (out._version, same))
 
     def _has_rows(self, tensor: torch.Tensor) -> bool:
         """Whether an unmarked tensor has taps below it: it came from rows, by a way that is not seen."""
@@ -417,9 +424,34 @@ class Recorder(TorchFunctionMode):
             f"{self.rows} rows in its first dimension. Use torch functions there."
         )
 
+    def see_outputs(self, outputs: Iterable[torch.Tensor]) -> None:
+        """Note where the rows are in the model's outputs: that is part of the kind of batch."""
+        for tensor in outputs:
+            layout = self.layout_of(tensor)
+            if isinstance(layout, Mixed):
+                if tensor.grad_fn is not None and layout.function not in PICKING:
+                    self.mixed.append((tensor.grad_fn, layout.function))
+            elif layout is not None:
+                self.uses.append(("output", layout_key(layout)))
+
+    def refuse_changed(self) -> None:
+        """Raise if a tensor that comes from parameters was changed in place after rows had met it."""
+        for ref, version, name in self._met:
+            z = ref()
+            if z is not None and z._version != version:
+                raise UnsupportedModelError(
+                    f"{self.owner.name_of(z)} was changed in place after {name} had used it with rows of "
+                    f"the batch, so that the parameters' part in it is lost. Wanted the function that "
+                    f"makes a new tensor."
+                )
+        self._met.clear()
+
     # --- rows meet parameters -------------------------------------------------------------------
 
     def _meet(self, met: Meeting) -> Any:
+        for z in met.shared:
+            if z.grad_fn is not None:
+                self._met.append((weakref.ref(z), z._version, met.function.name))
         meet = MEETINGS.get(met.function.name)
         if meet is not None:
             try:
@@ -487,10 +519,10 @@ class Recorder(TorchFunctionMode):
         if isinstance(layout, Picked) and dim:
             raise Unknown
         own = layout if isinstance(layout, Picked) else layout._replace(dim=dim)
-        same = z.stride(dim) == 0 or dim in getattr(z, SAME, ())
+        same = z.stride(dim) == 0 or dim in (known(z, SAME) or ())
         one = z.narrow(dim, 0, 1) if same else z
 
-        looked_up = getattr(z, LOOKED_UP, None) if dim == 0 else None
+        looked_up = known(z, LOOKED_UP) if dim == 0 else None
         if looked_up is not None and looked_up[1].shape != z.shape[:1]:
             looked_up = None
 

@@ -6,8 +6,9 @@ was given to the row that it is of: were any part of G_i given to another row, t
 for weights in a set of measure zero. So one ordinary backward pass checks both, whatever the model does,
 and it finds losses that depend on other rows' activations, too.
 
-It is done for the first batch of each kind: functions, parameters and the places of rows, not sizes. Where
-a place was guessed from sizes, these are part of the kind.
+It is done for the first batch of each kind, the second, the fourth, the eighth and so on: functions of the
+graph, parameters and the places of rows, not sizes. Where a place was guessed from sizes, these are part of
+the kind. A batch of one row is of another kind than one of several.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def verify(
     parameters: list[torch.Tensor],
     name_of: Callable[[torch.Tensor], str],
     recorder: Recorder,
-) -> None:
+) -> bool:
     """Compare weighted sums of rows' gradients with autograd's.
 
     Args:
@@ -48,12 +49,15 @@ def verify(
         name_of: a parameter's name.
         recorder: of the forward pass.
 
+    Returns:
+        Whether they could be compared: not where a row's gradient is not finite.
+
     Raises:
         InputError: a parameter's sums differ.
     """
     finite = torch.stack(list(squared.values())).sum(0).isfinite() if squared else None
     if finite is not None and not bool(finite.all()):
-        return  # a row without a finite gradient: nothing can be compared; the next batch is checked
+        return False  # the next batch is checked
     generator = torch.Generator().manual_seed(int.from_bytes(b"rows", "big"))
     weights = (torch.rand(len(losses), generator=generator, dtype=torch.float64) + 0.5).to(
         losses.device
@@ -107,6 +111,7 @@ def verify(
             f"parameter is used in a way that grad_sample_mode='bk' does not see. dpzoo.audit(model, "
             f"batch) says which rows. Nothing was added to the sums."
         )
+    return True
 
 
 def _compare(

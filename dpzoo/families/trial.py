@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.clipping.module import BookKeepingHooks
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.families.tiny import Batch, Sizes, batch, build, first_line, model_class, row_losses
 from dpzoo.losses import ModelLoss
@@ -161,8 +162,14 @@ def step(
 def rows_of_bk(model: Any, inputs: Batch, labels: torch.Tensor) -> list[Gradients]:
     """Each row's gradient as mode "bk" has it: what its clipped sum is a sum of."""
 
-    class OneRow:
+    class OneRow(BookKeepingOptimizer):
         def __init__(self, row: int) -> None:
+            super().__init__(
+                torch.optim.SGD(model.parameters(), lr=0.0),
+                noise_multiplier=0.0,
+                max_grad_norm=1.0,
+                expected_batch_size=1,
+            )
             self.row = row
 
         def clip_factors(self, squared: Any, norms: torch.Tensor) -> Any:
@@ -171,13 +178,11 @@ def rows_of_bk(model: Any, inputs: Batch, labels: torch.Tensor) -> list[Gradient
     watched = BookKeepingHooks(model)
     made = []
     for row in range(len(labels)):
-        for parameter in model.parameters():
-            parameter.summed_grad = None
-        one: Any = OneRow(row)
+        one = OneRow(row)
         watched.backward(row_losses(model, inputs, labels), one)
         made.append(
             {
-                n: torch.zeros_like(p) if p.summed_grad is None else p.summed_grad.clone()
+                n: one.sums[p].clone() if p in one.sums else torch.zeros_like(p)
                 for n, p in model.named_parameters()
                 if p.requires_grad
             }
