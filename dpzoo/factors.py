@@ -22,6 +22,7 @@ Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ SHORTEST_STRIP = 32
 
 def positions_of(x: torch.Tensor) -> torch.Tensor:
     """(n, ..., features) -> (n, positions, features)."""
-    return x.reshape(x.shape[0], x[0, ..., 0].numel() if len(x) else 0, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:

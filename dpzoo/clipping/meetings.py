@@ -27,6 +27,7 @@ from dpzoo.clipping.layouts import (
     layout_key,
     row_ids,
     rows_first,
+    shifted,
 )
 from dpzoo.errors import InputError, UnsupportedModelError
 
@@ -67,6 +68,8 @@ def _meet_linear(recorder: Recorder, met: Meeting) -> Any:
     function, call, args, kwargs, rowed, shared = met
     x, weight, bias = _named(args, kwargs, "input", "weight", "bias")
     if len(rowed) != 1 or rowed[0] is not x or not _only(shared, weight, bias):
+        raise Unknown
+    if weight.ndim != 2:
         raise Unknown
     return _linear(recorder, function, call(*args, **kwargs), x, weight, bias, shared)
 
@@ -345,6 +348,23 @@ def _meet_aligned(recorder: Recorder, met: Meeting) -> Any:
     return run_with(recorder, met, wide)
 
 
+def _meet_filled(recorder: Recorder, met: Meeting) -> Any:
+    """``masked_fill`` and ``fill_`` with a parameter of one entry."""
+    function, _, args, kwargs, _, shared = met
+    value = kwargs.get("value", args[-1])
+    target = args[0]
+    layout = recorder.layout_of(target)
+    if not _only(shared, value) or layout is None:
+        raise Unknown
+    out = recorder.expanded(function, value, target, layout)
+    if function.name == "masked_fill":
+        out = torch.where(kwargs.get("mask", args[1]), out, target)
+    if function.in_place:
+        return target.copy_(out)
+    recorder.mark(out, shifted(layout, target, out))
+    return out
+
+
 def _meet_template(recorder: Recorder, met: Meeting) -> Any:
     """Functions that take a shape or a dtype from their second argument: ``expand_as``, ``type_as``."""
     z, x = met.args[0], met.rowed[0]
@@ -566,6 +586,8 @@ def _meet_einsum(recorder: Recorder, met: Meeting) -> Any:
     layout = recorder.layout_of(x)
     if isinstance(layout, Picked) or layout is SINGLE:
         raise Unknown
+    if any(len(set(each)) < len(each) for each in letters.values()):
+        raise Unknown  # a diagonal
     letter = letters["x"][layout.dim]
     if letter in letters["z"]:
         own = recorder.tap_own(function, z, letters["z"].index(letter), layout, x.shape[layout.dim])
@@ -573,7 +595,12 @@ def _meet_einsum(recorder: Recorder, met: Meeting) -> Any:
     into = [c for c in letters["z"] if c in letters["x"]]
     free = [c for c in letters["z"] if c not in letters["x"]]
     places = [c for c in letters["x"] if c not in into]
-    if any(c in result for c in into) or any(c not in result for c in (*free, *places)):
+    if (
+        not into
+        or not free
+        or any(c in result for c in into)
+        or any(c not in result for c in (*free, *places))
+    ):
         raise Unknown
     turned = letters["z"] == "".join(into + free)
     if not turned and letters["z"] != "".join(free + into):
@@ -661,6 +688,8 @@ MEETINGS: dict[str, Any] = {
     "getitem": _meet_getitem,
     "layer_norm": _meet_norm,
     "rms_norm": _meet_norm,
+    "fill": _meet_filled,
+    "masked_fill": _meet_filled,
     "expand_as": _meet_template,
     "type_as": _meet_template,
     "to": _meet_template,

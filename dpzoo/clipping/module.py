@@ -113,6 +113,12 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         """Let a tap's backward record its use; for `dpzoo.clipping.recorder.Tap`."""
         if self._verifying:
             return
+        if self._depth:
+            raise UnsupportedModelError(
+                "The model's forward computes a gradient itself (torch.autograd.grad), through uses of "
+                "trainable parameters. grad_sample_mode='bk' does not record backward passes of backward "
+                "passes. Freeze the parameters below, or use grad_sample_mode='functorch'."
+            )
         if self._book is None:
             raise InputError(
                 "An ordinary loss was backpropagated through a model in grad_sample_mode='bk': its "

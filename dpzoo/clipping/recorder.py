@@ -50,6 +50,7 @@ from dpzoo.clipping.layouts import (
     layout_key,
     layout_of,
     per_row,
+    picked,
     row_ids,
     rows_first,
     shifted,
@@ -303,6 +304,8 @@ class Recorder(TorchFunctionMode):
             values = [x for x in rowed if x is not target]
             if entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
                 self._check_target(entry, args, kwargs, target, values)
+            elif entry.name == "setitem":
+                self._put(target, args[1], args[2])
             return
         if self.rows == 1:
             self.mark(target)
@@ -331,6 +334,22 @@ class Recorder(TorchFunctionMode):
         base = target._base
         if base is not None and self.layout_of(base) is None and base.shape == target.shape:
             self.mark(base, found)
+
+    def _put(self, target: torch.Tensor, item: Any, value: Any) -> None:
+        """After ``target[places] = entries of rows``, the target's entries there are those rows'."""
+        layout, own = self.layout_of(target), getattr(value, MARK, (0, None))[1]
+        if not isinstance(item, torch.Tensor) or item.ndim != 1 or self.rows == 1:
+            return
+        if not isinstance(layout, (Layout, Picked)) or not isinstance(own, (Layout, Picked)):
+            return
+        if layout.dim or own.dim:
+            return
+        put = row_ids(own, len(value), self.rows, target.device)
+        before = row_ids(layout, len(target), self.rows, target.device)
+        after = before.clone()
+        after[item] = put
+        if not torch.equal(before, after):
+            self.mark(target, picked(after, self.rows))
 
     def _layout_of_item(self, target: torch.Tensor, item: Any, rowed: list[torch.Tensor]) -> Any:
         """The layout of ``target`` after ``target[item] = rows``, if the item leaves it whole."""

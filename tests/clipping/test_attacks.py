@@ -51,6 +51,19 @@ def _view_of_a_view(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _unsorted(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A mixture's way: tokens sorted by expert, and put back by number."""
+    flat = x.reshape(-1, DIM)
+    shares = (flat @ m.gate).softmax(-1)
+    expert = shares.argmax(-1)
+    order = expert.argsort()
+    parts = flat[order].split(expert.bincount(minlength=3).tolist())
+    done = torch.cat([F.linear(part, w) for part, w in zip(parts, m.w, strict=True)])
+    out = torch.empty_like(done)
+    out[order] = done
+    return (out * shares.gather(1, expert[:, None]) * m.scale).view(len(x), SEQ, DIM)
+
+
 EXACT: dict[str, tuple[Callable[..., torch.Tensor], dict[str, tuple[int, ...]]]] = {
     "windows of a vector": (lambda m, x: x[:, :3, :2] * m.w.unfold(0, 2, 1), {"w": (4,)}),
     "windows as a weight": (lambda m, x: F.linear(x, m.w.unfold(0, DIM, 1)), {"w": (9,)}),
@@ -76,6 +89,25 @@ EXACT: dict[str, tuple[Callable[..., torch.Tensor], dict[str, tuple[int, ...]]]]
         {"w": (DIM,)},
     ),
     "renorm by rows": (lambda m, x: (x * m.w).renorm(2, 0, 0.5) * m.w, {"w": (DIM,)}),
+    "tokens sorted by expert": (
+        _unsorted,
+        {"gate": (DIM, 3), "w": (3, DIM, DIM), "scale": (DIM,)},
+    ),
+    "a parameter where a mask is true": (
+        lambda m, x: x.masked_fill(x > 0, m.w) + (x * 1).masked_fill_(x < 0, m.w),
+        {"w": ()},
+    ),
+    "filled with a parameter": (lambda m, x: x + torch.zeros_like(x).fill_(m.w), {"w": ()}),
+    "einsum without a sum": (lambda m, x: torch.einsum("bti,o->btio", x, m.w), {"w": (6,)}),
+    "einsum, a diagonal": (
+        lambda m, x: torch.einsum("btt,to->bo", x[:, :4], m.w),
+        {"w": (4, 6)},
+    ),
+    "einsum, all features": (
+        lambda m, x: torch.einsum("k,kbtd->btd", m.w, torch.stack([x, x * 2, x.sin()])),
+        {"w": (3,)},
+    ),
+    "a weight of one feature": (lambda m, x: F.linear(x, m.w[0])[..., None], {"w": (6, DIM)}),
     "a mixture of layers": (
         lambda m, x: torch.stack([x, x * 2, x.sin()], -1) @ m.w.softmax(0),
         {"w": (3,)},
@@ -196,3 +228,14 @@ def test_the_first_of_two_calls_counts() -> None:
         watched.backward(losses(True), OneRow(model))
     with pytest.raises(dpzoo.InputError, match="not those of the rows"):
         watched.backward(losses(False), OneRow(model))
+
+
+def test_a_gradient_inside_the_forward_is_refused() -> None:
+    def force(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        return torch.autograd.grad(F.linear(x, m.w).tanh().sum(), x, create_graph=True)[0]
+
+    model = Made(force, w=(6, DIM))
+    BookKeepingHooks(model)
+    with pytest.raises(dpzoo.UnsupportedModelError, match="forward computes a gradient itself"):
+        model(floats(ROWS, SEQ, DIM))
