@@ -23,6 +23,7 @@ from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
 from dpzoo.auditing.row_losses import Loss
 from dpzoo.auditing.sensitivity import sensitivity
+from dpzoo.auditing.statelessness import statelessness
 from dpzoo.auditing.subject import CannotRunError, Subject
 from dpzoo.errors import InputError
 
@@ -33,6 +34,7 @@ CHECKS: dict[str, Check] = {
     "unit": unit,
     "exactness": exactness,
     "isolation": isolation,
+    "statelessness": statelessness,
     "sensitivity": sensitivity,
     "parity": parity,
     "split": split,

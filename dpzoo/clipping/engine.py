@@ -128,6 +128,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         criterion = (
             nn.CrossEntropyLoss(reduction=loss_reduction) if criterion is None else criterion
         )
+        reduced = getattr(criterion, "reduction", loss_reduction)
+        if reduced in ("mean", "sum") and reduced != loss_reduction:
+            raise InputError(
+                f"make_private got a criterion with reduction={reduced!r} and "
+                f"loss_reduction={loss_reduction!r}, wanted the same: rows would be scaled by their number."
+            )
         made = super().make_private(
             module=module,
             optimizer=optimizer,

@@ -48,6 +48,11 @@ STORIES: dict[str, tuple[str, str]] = {
         "rows meet in the forward pass; Opacus' ModuleValidator does not look for it",
         "hand-written normalisation",
     ),
+    "running mean": ("what a buffer keeps of a batch is published with the model, with neither clipping "
+                     "nor noise", "code books, normalisation by running means"),
+    "frozen parameter that": ("as a running mean", "hand-written prototypes"),
+    "statistics of": ("as a running mean; Opacus looks at modules with trainable parameters only",
+                      "frozen or affine-free BatchNorm in training mode"),
     "in-batch negatives": ("every row is in every other row's loss", "contrastive training"),
     "balance loss": ("the share of the batch that an expert gets depends on all rows", "mixtures"),
     "token-mean": (

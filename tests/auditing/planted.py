@@ -232,6 +232,34 @@ class Buffered(nn.Linear):
         self.register_buffer("seen", torch.zeros(3))
 
 
+class RunningMean(nn.Module):
+    """A running mean of the batch, in a module without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and len(x):
+            with torch.no_grad():
+                self.mean.lerp_(x.reshape(-1, HIDDEN).mean(0), 0.1)
+        return x
+
+
+class Codes(nn.Module):
+    """A frozen parameter that follows the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(HIDDEN), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.codes.add_(x.reshape(-1, HIDDEN).sum(0))
+        return x
+
+
 class Keyword(nn.Module):
     """Calls a layer with a keyword."""
 
@@ -442,6 +470,36 @@ PLANTED = [
         "holds a buffer",
         lambda: (nn.Sequential(Buffered()), _x()),
         names="0",
+    ),
+    *(
+        Planted(
+            name,
+            "statelessness",
+            "privacy",
+            says,
+            lambda layer=layer: (
+                nn.Sequential(nn.Linear(HIDDEN, HIDDEN), layer(), nn.Linear(HIDDEN, 3)),
+                _x(),
+            ),
+        )
+        for name, says, layer in (
+            ("a running mean in a buffer", "changed in a training forward pass", RunningMean),
+            (
+                "a frozen parameter that follows the data",
+                "changed in a training forward pass",
+                Codes,
+            ),
+            (
+                "statistics of a norm without parameters",
+                "is in training mode",
+                lambda: nn.BatchNorm1d(HIDDEN, affine=False),
+            ),
+            (
+                "statistics of a frozen norm",
+                "is in training mode",
+                lambda: nn.BatchNorm1d(HIDDEN).requires_grad_(False),
+            ),
+        )
     ),
     Planted(
         "the batch's mean subtracted",

@@ -72,6 +72,9 @@ NOISE_ALONE = "moved by noise alone"
 
 IN_BK: dict[str, tuple[str, str]] = {
     "batch norm": ("coverage", REFUSAL + "InputError: batch_norm in training mode combines rows"),
+    "a running mean": ("statelessness", "changed in a training forward pass"),
+    "a frozen parameter that": ("statelessness", "changed in a training forward pass"),
+    "statistics of": ("statelessness", "is in training mode"),
     "the batch's mean": ("coverage", REFUSAL + "InputError: linear was called with a trainable parameter"),
     "in-batch negatives": ("coverage", REFUSAL + "InputError: The recorded per-sample gradients are not"),
     "a mixture's balance": ("isolation", "depends on other rows"),
@@ -121,7 +124,10 @@ def test_a_planted_bug_is_named_or_none_in_bk(planted: Planted) -> None:
     check, says = expected
     found = [f for f in report[check].findings if says in f.message and f.severity != "note"]
     assert found, str(report)
-    assert all(f.mode == ("bk" if check != "isolation" else None) and f.remedy for f in found)
+    assert all(
+        f.mode == (None if check in ("isolation", "statelessness") else "bk") and f.remedy
+        for f in found
+    )
 
 
 # --- bk itself, broken ----------------------------------------------------------------------------------

@@ -293,6 +293,22 @@ def test_without_poisson_sampling_the_caller_answers(
     assert run.steps() == 1
 
 
+def test_a_criterion_of_another_reduction_is_refused() -> None:
+    model = nn.Linear(4, 3)
+    with pytest.raises(
+        InputError, match="criterion with reduction='sum' and loss_reduction='mean'"
+    ):
+        dpzoo.PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            criterion=nn.CrossEntropyLoss(reduction="sum"),
+            data_loader=DataLoader(Numbered(), batch_size=RATE),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            grad_sample_mode="ghost",
+        )
+
+
 def test_samplers_that_would_be_replaced_are_refused() -> None:
     rows = Numbered()
     weighted = DataLoader(rows, batch_size=8, sampler=WeightedRandomSampler([1.0] * ROWS, ROWS))
