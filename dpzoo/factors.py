@@ -45,6 +45,11 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(n, ...) -> (n, entries), of no rows too."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
 class LayerInput:
     """The input of one or several linear layers: what they share is computed once.
 
@@ -205,15 +210,13 @@ class DenseGrads:
 
     def squared_norm(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(n,); None: nothing cancels."""
-        flat = self.grads.reshape(len(self.grads), -1)
+        flat = _flat(self.grads)
         return torch.linalg.vector_norm(flat, dim=1).square(), None
 
     def add_to(self, total: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
         """``total + sum_i weights_i G_i``; in place where there is a total."""
         if total is None:
-            return torch.mv(self.grads.reshape(len(self.grads), -1).t(), weights).view(
-                self.grads.shape[1:]
-            )
+            return torch.mv(_flat(self.grads).t(), weights).view(self.grads.shape[1:])
         for grad, weight in zip(self.grads, weights.unbind(), strict=True):
             total.addcmul_(grad, weight)
         return total
@@ -242,7 +245,7 @@ def inner_product(a: GradFactors, b: GradFactors) -> torch.Tensor:
         a, b = b, a
     if isinstance(a, DenseGrads):
         if isinstance(b, DenseGrads):
-            return (a.grads * b.grads).reshape(len(a.grads), -1).sum(1)
+            return _flat(a.grads * b.grads).sum(1)
         if isinstance(b, LinearFactors):
             return (torch.matmul(b.inputs, a.grads.transpose(1, 2)) * b.grads).sum((1, 2))
         index = b.ids.unsqueeze(-1).expand_as(b.grads)

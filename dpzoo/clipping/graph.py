@@ -48,6 +48,11 @@ def refuse_unseen(
             continue
         seen.add(node)
         if isinstance(node, TAP):
+            if node.rows != len(losses):
+                raise InputError(
+                    f"The losses have {len(losses)} rows and come through a call of the model with "
+                    f"{node.rows} rows, wanted as many in each call whose outputs a loss takes."
+                )
             ahead.extend(node.parents)
             continue
         name = node.name()

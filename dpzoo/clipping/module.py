@@ -91,10 +91,12 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             if tensor.ndim and tensor.shape[0] == rows and id(tensor) not in trained:
                 recorder.mark(tensor)
         recorder.__enter__()
+        recorder.on = True
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0 and self._recorder is not None and torch.is_grad_enabled():
+        self._depth = max(self._depth - 1, 0)  # a hook before `_begin` may have raised
+        if self._depth == 0 and self._recorder is not None and self._recorder.on:
+            self._recorder.on = False
             self._recorder.__exit__(None, None, None)
             self._eager.close()
             self._recorder.see_outputs(_tensors_of(output))
@@ -174,8 +176,13 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor]) -> Book:
         rows = len(losses)
         book = Book(rows, parameters)
-        if not rows or losses.grad_fn is None:
+        if not rows or (losses.grad_fn is None and not parameters):
             return book
+        if losses.grad_fn is None:
+            raise InputError(
+                "The losses have no gradient in grad_sample_mode='bk', wanted those of a forward pass with "
+                "gradients on: neither torch.no_grad() around the model, nor detach() of its outputs."
+            )
         recorder = self._recorder
         if recorder is None:
             raise InputError(
@@ -264,6 +271,11 @@ def _refuse_model(model: nn.Module) -> None:
             f"what make_private returned the first time, or call its cleanup() before the second."
         )
     for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise UnsupportedModelError(
+                f"{name} is complex ({parameter.dtype}), and grad_sample_mode='bk' takes real parameters. "
+                f"Hold its real and imaginary parts, (..., 2), and use torch.view_as_complex, or freeze it."
+            )
         if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
             raise UnsupportedModelError(
                 f"{name} is a DTensor (FSDP2, tensor parallel), and grad_sample_mode='bk' takes whole "

@@ -108,8 +108,8 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Any] = []
         """What met what, in which layout: equal for two batches that are recorded in the same way."""
         self.guessed = False
-        self.spent = False
-        """Whether a backward pass was recorded."""
+        self.on = self.spent = False
+        """Whether the forward pass is under way; whether a backward pass was recorded."""
         self.mixed: list[tuple[Any, str]] = []
         """Nodes of outputs in which rows were combined, and the function that combined them."""
         self._met: list[tuple[Any, int, str]] = []
@@ -490,7 +490,7 @@ class Recorder(TorchFunctionMode):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         tapped = Tap.apply(self.owner.anchor, self.owner, enter, len(outputs), *outputs, *saved)
         node: Any = (tapped if isinstance(tapped, torch.Tensor) else tapped[0]).grad_fn
-        node.parents = parents
+        node.parents, node.rows = parents, self.rows
         return tapped
 
     def expanded(

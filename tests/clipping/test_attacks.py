@@ -239,3 +239,70 @@ def test_a_gradient_inside_the_forward_is_refused() -> None:
     BookKeepingHooks(model)
     with pytest.raises(dpzoo.UnsupportedModelError, match="forward computes a gradient itself"):
         model(floats(ROWS, SEQ, DIM))
+
+
+# --- what users do ------------------------------------------------------------------------------------
+
+
+def test_the_mode_is_off_after_whatever_the_forward_does() -> None:
+    """A hook that raises before the recording begins; a forward that turns gradients off."""
+    raising, off = [True], [False]
+
+    def raises(module: nn.Module, args: Any) -> None:
+        if raising[0]:
+            raise ValueError("a user's")
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        out = x * m.w
+        if off[0]:
+            torch.set_grad_enabled(False)
+        return out
+
+    model = Made(forward, w=(DIM,))
+    model.register_forward_pre_hook(raises)
+    watched = BookKeepingHooks(model)
+    with pytest.raises(ValueError, match="a user's"):
+        model(floats(ROWS, SEQ, DIM))
+    raising[0] = False
+    for off[0] in (False, True, False):
+        with torch.enable_grad():
+            out = model(floats(ROWS, SEQ, DIM))
+        assert not torch.overrides._get_current_function_mode_stack()
+        if not off[0]:
+            taken = OneRow(model)
+            watched.backward(loss_of(out), taken)
+            assert taken.sums
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_a_batch_without_a_finite_row_adds_nothing(rows: int) -> None:
+    model = Made(lambda m, x: x * m.w * m.scale, w=(DIM,), scale=())
+    watched, taken = BookKeepingHooks(model), OneRow(model)
+    watched.backward(loss_of(model(floats(rows, SEQ, DIM) * torch.nan)), taken)
+    assert watched.nonfinite_rows == rows
+    assert all(not total.any() for total in taken.sums.values())
+
+
+def test_calls_with_other_rows_are_refused() -> None:
+    model = Made(lambda m, x: F.linear(x, m.w), w=(6, DIM))
+    watched = BookKeepingHooks(model)
+    losses = loss_of(model(floats(1, SEQ, DIM)) - model(floats(ROWS, SEQ, DIM)))
+    with pytest.raises(
+        dpzoo.InputError, match="3 rows and come through a call of the model with 1"
+    ):
+        watched.backward(losses, OneRow(model))
+
+
+def test_losses_without_a_gradient_are_refused() -> None:
+    model = Made(lambda m, x: F.linear(x, m.w), w=(6, DIM))
+    watched = BookKeepingHooks(model)
+    with torch.no_grad():
+        losses = loss_of(model(floats(ROWS, SEQ, DIM)))
+    with pytest.raises(dpzoo.InputError, match=r"no gradient .* neither torch\.no_grad"):
+        watched.backward(losses, OneRow(model))
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = Made(lambda m, x: (x * m.w).real, w=(DIM,)).to(torch.complex128)
+    with pytest.raises(dpzoo.UnsupportedModelError, match="w is complex"):
+        BookKeepingHooks(model)
