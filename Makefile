@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## fine-tune a real BERT on real text with differential privacy (a few minutes)
+demo: $(STAMP)  ## a private head on a real BERT, from real text (a minute or two)
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)  ## run the tests

@@ -6,12 +6,12 @@
         examples/distributed.py --data train.tsv --eval dev.tsv      # the same line on both machines
 
 A process has a GPU of its own where there are GPUs (NCCL), and the CPU elsewhere (Gloo). Model, data and
-recipe are the quickstart's, and so are the options, apart from --compare; the batch size is that of all
+recipe are every_parameter.py's, and so are the options, apart from --compare; the batch size is that of all
 processes together. The result is the same as with one process: each rank draws from its own share of
 the rows, clips the gradients of what it drew, and the ranks add them up; the noise is added once, on
 rank 0.
 
-The privacy statement at the end covers what the quickstart's covers. It assumes that nobody else knows
+The privacy statement at the end covers what every_parameter.py's covers. It assumes that nobody else knows
 the seed: who knows it can draw the same noise and take it off the weights again.
 """
 
@@ -28,16 +28,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import quickstart
+import every_parameter
 import torch
 import transformers
+from every_parameter import PrivacySpent, collate, encode
+from every_parameter_recipe import Recipe, RecipeError, read_recipe
 from opacus import PrivacyEngine
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from quickstart import PrivacySpent, collate, encode
 from quickstart_data import DataError
 from quickstart_progress import Progress
-from quickstart_recipe import Recipe, RecipeError, read_recipe
 from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer
@@ -73,7 +73,7 @@ def train_privately(
     """Train all parameters of `model` in place, on all ranks; they end with equal parameters."""
     loader = DataLoader(data, batch_size=min(recipe.batch_size, len(data)), collate_fn=collate)
     steps = recipe.epochs * len(loader)
-    inner_optimizer, schedule = quickstart.make_optimizer(
+    inner_optimizer, schedule = every_parameter.make_optimizer(
         model, recipe.learning_rate, recipe.head_learning_rate, recipe, steps
     )
     engine = PrivacyEngine()
@@ -139,10 +139,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--recipe", default="quickstart", help="a name under configs/recipes, or a .yaml file")
+    add("--recipe", default="every-parameter", help="a name under configs/recipes, or a .yaml file")
     add(
         "--model",
-        help=f"a model id or folder (default: all-MiniLM-L6-v2 out of {quickstart.WHEEL})",
+        help=f"a model id or folder (default: all-MiniLM-L6-v2 out of {every_parameter.WHEEL})",
     )
     add("--data", type=Path, metavar="FILE.tsv", help="train on lines of text<TAB>label instead")
     add("--eval", type=Path, metavar="FILE.tsv", help="held-out lines for --data")
@@ -166,8 +166,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     given = {field.name: getattr(arguments, field.name) for field in fields(Recipe)}
     recipe = read_recipe(arguments.recipe, {k: v for k, v in given.items() if v is not None})
     # The same on all ranks: who holds which rows is the sampler's business.
-    data = quickstart.read_data(arguments, recipe)
-    name = str(arguments.model or quickstart.minilm_folder())
+    data = every_parameter.read_data(arguments, recipe)
+    name = str(arguments.model or every_parameter.minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(name)
     train = encode(data.train, tokenizer, recipe.max_length)
     delta = 1 / len(train) if arguments.delta is None else arguments.delta
@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
             "rows): a larger one would allow some row to be published as it is"
         )
     torch.manual_seed(arguments.seed)
-    model = quickstart.load_model(name, data.label_names, recipe).to(device)
+    model = every_parameter.load_model(name, data.label_names, recipe).to(device)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if rank == 0:
@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
     model = model.cpu()
     heldout = encode(data.heldout, tokenizer, recipe.max_length)
-    score = quickstart.accuracy(model, heldout)
+    score = every_parameter.accuracy(model, heldout)
     model.save_pretrained(arguments.out)  # a stock checkpoint: transformers loads it as it is
     tokenizer.save_pretrained(arguments.out)
     report = {
@@ -215,7 +215,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    # As in the quickstart: what is left of these says nothing about this run.
+    # As in every_parameter.py: what is left of these says nothing about this run.
     warnings.filterwarnings("ignore", module="opacus")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from quickstart import minilm_folder
+from every_parameter import minilm_folder
 from quickstart_data import DataError, Row, tsv_data
 from transformers import (
     AutoModelForSequenceClassification,

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from every_parameter import minilm_folder
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from quickstart import minilm_folder
 from quickstart_data import docs_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

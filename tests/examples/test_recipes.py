@@ -4,12 +4,12 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+import every_parameter_recipe
 import gpt2_e2e
 import lora
 import masked_lm
 import multiple_choice
 import pytest
-import quickstart_recipe
 import recipes
 import sst2_model
 import text_classification
@@ -23,10 +23,11 @@ KINDS = {
     "lora": lora.Recipe,
     "masked-lm": masked_lm.Recipe,
     "multiple-choice": multiple_choice.Recipe,
-    "quickstart": quickstart_recipe.Recipe,
-    "sst2-minilm": quickstart_recipe.Recipe,
+    "every-parameter": every_parameter_recipe.Recipe,
+    "sst2-minilm": every_parameter_recipe.Recipe,
     "sst2-study": sst2_model.Recipe,
     "text-classification": text_classification.Recipe,
+    "text-classification-head": text_classification.Recipe,
     "text-classification-bias": text_classification.Recipe,
     "token-classification": token_classification.Recipe,
 }
@@ -74,7 +75,7 @@ def changed(tmp_path: Path, name: str, **values: object) -> str:
         ({"lr": 1}, r"unknown keys: lr; missing keys: none; known keys: model, max_length"),
         ({"schedule": "cosine"}, r"schedule is 'cosine', wanted constant or linear"),
         ({"clipping": "per_layer"}, r"clipping is 'per_layer', wanted flat or automatic"),
-        ({"trainable": "some"}, r"trainable is 'some', wanted all or bias"),
+        ({"trainable": "some"}, r"trainable is 'some', wanted head or bias or all"),
         ({"weight_decay": -1}, r"weight_decay is -1\.0, wanted 0 or above"),
         ({"max_grad_norm": 0}, r"max_grad_norm is 0\.0, wanted a number above 0"),
         ({"batch_size": 1.5}, r"batch_size is 1\.5, wanted a whole number"),

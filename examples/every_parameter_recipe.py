@@ -1,4 +1,4 @@
-"""The quickstart's recipe: what configs/recipes/quickstart.yaml and sst2-minilm.yaml hold."""
+"""The recipe of every_parameter.py: what every-parameter.yaml and sst2-minilm.yaml hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["RECIPES", "Recipe", "RecipeError", "read_recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyper-parameters of a run. configs/recipes/quickstart.yaml says what each of them does."""
+    """The hyper-parameters of a run. configs/recipes/every-parameter.yaml says what each of them does."""
 
     max_length: int
     max_train_rows_per_label: int
@@ -38,5 +38,5 @@ class Recipe:
 
 
 def read_recipe(name: str, overrides: dict[str, object] | None = None) -> Recipe:
-    """`recipes.read` of the quickstart's kind."""
+    """`recipes.read` of that kind."""
     return read(Recipe, name, overrides)
