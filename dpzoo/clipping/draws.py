@@ -38,13 +38,27 @@ class Draws:
         self._taken = 0
         self._parts: list[torch.Tensor] = []
         self._handed: int | None = None
+        self._stepped = False  # in this pass
 
     def restart(self) -> None:
         """A new pass over the loader begins: draws that were not stepped are over."""
         self._drawn.clear()
         self.abandon()
         self._drop()
-        self._handed = None
+        self._handed, self._stepped = None, False
+
+    def end(self) -> None:
+        """The pass over the loader is complete.
+
+        Raises:
+            InputError: steps were taken in it, and its last batches had none.
+        """
+        if self.strict and self._stepped and self._handed:
+            raise self._refuse(
+                f"The pass over the private loader ended with {self._handed} of its last batches passed "
+                f"over without a step, wanted a step for each, empty batches too: their noise must not "
+                f"depend on who was drawn."
+            )
 
     def abandon(self) -> None:
         """What was taken of the draw does not count, and may be taken again."""
@@ -128,6 +142,7 @@ class Draws:
                 f"without rows is stepped like any other."
             )
         self._drawn.popleft()
+        self._stepped = True
         self._taken = 0
         self._parts.clear()
         if self._handed is not None:
@@ -186,6 +201,7 @@ class _Counted(DataLoader[Any]):
             for batch in batches:
                 draws.hand_out()
                 yield batch
+            draws.end()
 
         return handed()
 

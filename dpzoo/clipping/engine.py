@@ -408,11 +408,12 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
     if isinstance(loader.dataset, IterableDataset):
         return  # Opacus says so
     known = (RandomSampler, SequentialSampler)
-    sampler, batches = loader.sampler, loader.batch_sampler
-    drawn = isinstance(sampler, RandomSampler) and (
-        sampler.replacement or sampler.num_samples != len(sampler.data_source)
-    )
-    odd = type(sampler) not in known or drawn
+    batches = loader.batch_sampler
+    # A loader that was given a batch sampler has a sampler beside it that it does not use.
+    sampler: Any = batches.sampler if type(batches) is BatchSampler else loader.sampler
+    odd = type(sampler) not in known or len(sampler.data_source) != len(loader.dataset)  # type: ignore[arg-type]
+    if not odd and isinstance(sampler, RandomSampler):
+        odd = sampler.replacement or sampler.num_samples != len(sampler.data_source)
     private = type(batches).__module__.startswith(("opacus.", "dpzoo."))
     if private:
         return

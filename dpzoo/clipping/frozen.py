@@ -26,14 +26,17 @@ def refuse_learning_buffers(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, _NORMS) and module.training:
+        if isinstance(module, _NORMS):
             instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
-            if module.track_running_stats or not instance:
+            # Without running statistics a BatchNorm takes the batch's in eval mode, too.
+            mixes = not instance and module.running_mean is None
+            why = "is in training mode" if module.training else "has no running statistics"
+            if mixes or (module.training and (module.track_running_stats or not instance)):
                 raise UnsupportedModelError(
-                    f"{name} ({kind}) is in training mode and takes statistics over the rows of a batch, "
+                    f"{name} ({kind}) {why} and takes statistics over the rows of a batch, "
                     f"which no clipping bounds, wanted layers that see each row by itself. Replace it by "
-                    f"GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix), or keep it in eval "
-                    f"mode: {name}.eval() after every model.train()."
+                    f"GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix), or keep it, with "
+                    f"running statistics, in eval mode: {name}.eval() after every model.train()."
                 )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             raise UnsupportedModelError(
@@ -47,7 +50,10 @@ def refuse_learning_buffers(model: nn.Module) -> None:
 
 
 class FrozenWatch:
-    """Compares a model's buffers and frozen parameters around each training forward.
+    """Compares a model's buffers and parameters around each forward pass in training mode.
+
+    Version counters are compared in every pass, with gradients or without. A write to ``tensor.data``
+    leaves no version: at the passes 1, 2, 3, 4, 8, 16 and so on, digests of the values are compared, too.
 
     Args:
         model: the model; hooks are put on it.
@@ -57,7 +63,8 @@ class FrozenWatch:
     def __init__(self, model: nn.Module, dropped: Any = lambda: None) -> None:
         self._model, self._dropped = model, dropped
         self._depth = 0
-        self._before: list[tuple[str, torch.Tensor, int]] = []
+        self._passes = 0
+        self._before: list[tuple[str, torch.Tensor, int, int | None]] = []
         self._values: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._enter, prepend=True),
@@ -71,7 +78,7 @@ class FrozenWatch:
 
     def _watched(self) -> dict[str, torch.Tensor]:
         watched = dict(self._model.named_buffers())
-        watched.update((n, p) for n, p in self._model.named_parameters() if not p.requires_grad)
+        watched.update(self._model.named_parameters())
         return watched
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -79,9 +86,12 @@ class FrozenWatch:
         if self._depth > 1:
             return
         self._before = []
-        if module.training and torch.is_grad_enabled():
+        if module.training:
+            self._passes += 1
+            deep = self._passes < 4 or not self._passes & (self._passes - 1)
             for name, tensor in self._watched().items():
-                self._before.append((name, tensor, tensor._version))
+                digest = _digest(tensor) if deep else None
+                self._before.append((name, tensor, tensor._version, digest))
                 if not isinstance(tensor, nn.Parameter) and name not in self._values:
                     self._values[name] = tensor.detach().clone()
 
@@ -90,23 +100,38 @@ class FrozenWatch:
         if self._depth or not self._before:
             return
         after = self._watched()
-        for name, tensor, version in self._before:
+        for name, tensor, version, digest in self._before:
             now = after.get(name)
+            trained = tensor.requires_grad
             if now is tensor and now._version == version:
-                continue
+                if digest is None or digest == _digest(now):
+                    continue
+            elif trained and now is not tensor:
+                continue  # sharding puts other tensors there for the pass
             known = self._values.get(name)
             if known is not None and now is not None and _equal(known, now):
                 continue  # written again, with the same values
             self._before = []
             self._values.pop(name, None)
             self._dropped()
+            frozen = "frozen parameter" if known is None else "buffer"
             raise InputError(
                 f"{name} changed in a training forward pass, and it is a "
-                f"{'frozen parameter' if known is None else 'buffer'}, wanted nothing but trainable "
-                f"parameters to change: what it keeps of a batch has neither clipping nor noise. Put the "
-                f"layer that writes it into eval mode, or remove it."
+                f"{'trained parameter' if trained else frozen}, wanted nothing to change but trained "
+                f"parameters, in optimizer.step(): what it keeps of a batch has neither clipping nor "
+                f"noise. Put the layer that writes it into eval mode, or remove it."
             )
         self._before = []
+
+
+def _digest(x: torch.Tensor) -> int | None:
+    """A number that changes with any one value of a tensor; None for tensors that are not plain."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.element_size())
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.is_meta or x.is_sparse or width is None:
+        return None
+    if x.is_complex() or x.is_quantized:
+        return None
+    return int(x.detach().contiguous().view(width).sum(dtype=torch.int64))
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -78,6 +78,16 @@ class PrivateLoss:
             )
         return other
 
+    def _factor(self, other: Any) -> Any:
+        values, rows = self._values(other), tuple(self.loss_per_sample.shape)
+        if isinstance(values, torch.Tensor) and tuple(values.shape) != rows:
+            raise InputError(
+                f"A private loss of {rows[0]} rows was scaled by a tensor of shape {tuple(values.shape)}, "
+                f"wanted one value for each row, ({rows[0]},), or a Python number that does not depend on "
+                f"the data: a statistic of the batch would make each row's gradient depend on the others."
+            )
+        return values
+
     def __add__(self, other: Any) -> PrivateLoss:
         return self._with(self.loss_per_sample + self._values(other))
 
@@ -90,12 +100,12 @@ class PrivateLoss:
         return self._with(self._values(other) - self.loss_per_sample)
 
     def __mul__(self, factor: Any) -> PrivateLoss:
-        return self._with(self.loss_per_sample * self._values(factor))
+        return self._with(self.loss_per_sample * self._factor(factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> PrivateLoss:
-        return self._with(self.loss_per_sample / self._values(divisor))
+        return self._with(self.loss_per_sample / self._factor(divisor))
 
     def __neg__(self) -> PrivateLoss:
         return self._with(-self.loss_per_sample)

@@ -1,0 +1,120 @@
+"""More attacks on draws, samplers, losses and what learns without gradients; each was silent once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+
+from dpzoo.errors import InputError, UnsupportedModelError
+from tests.clipping.test_draws import Numbered, Run
+
+MODES = ("bk", "ghost", "hooks")
+
+
+def steps(run: Run, count: int = 1000) -> None:
+    """A pass over the loader, with a step for the first batches only."""
+    for k, (x, y) in enumerate(run.loader):
+        if k < count:
+            run.backward(x, y)
+            run.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_sampler": BatchSampler(SubsetRandomSampler(range(10)), 4, False)},
+        {"batch_size": 4, "sampler": RandomSampler(range(10))},
+        {"batch_size": 4, "sampler": SequentialSampler(range(10))},
+    ],
+    ids=["inside a batch sampler", "random of ten", "first ten"],
+)
+def test_samplers_of_a_part_of_the_rows_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="Poisson sampling would replace it"):
+        Run(loader=DataLoader(Numbered(), **options))
+
+
+class Writes(nn.Module):
+    """Writes through .data, which leaves no version."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.out = nn.Linear(4, 4)
+        self.register_buffer("buffer", torch.zeros(4))
+        self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = {"buffer": self.buffer, "frozen": self.frozen, "trained": self.out.bias}
+        if self.what in kept:
+            kept[self.what].data.add_(x.detach().sum(0))
+        elif not torch.is_grad_enabled():
+            self.buffer.add_(x.sum(0))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("what", ["buffer", "frozen", "trained"])
+def test_writes_without_a_version_are_refused(what: str, mode: str) -> None:
+    run = Run(mode, model=Writes(what))
+    with pytest.raises(InputError, match=f"changed in a training forward pass.* {what}"):
+        steps(run)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forward_without_gradients_learns_nothing(mode: str) -> None:
+    run = Run(mode, model=Writes("without gradients"))
+    x, _ = next(iter(run.loader))
+    with torch.no_grad(), pytest.raises(InputError, match="buffer changed in a training forward"):
+        run.private(torch.cat([x, torch.ones(1, 4)]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_norm_without_statistics_is_refused_in_eval_mode(mode: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"norm .* has no running statistics"):
+        Run(mode, model=Quiet())
+
+
+class Quiet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, affine=False, track_running_stats=False)
+        self.out = nn.Linear(4, 3)
+
+    def train(self, mode: bool = True) -> "Quiet":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(x))
+
+
+@pytest.mark.parametrize("scale", [lambda x: x.std(), lambda x: x.sum().reshape(1)])
+def test_statistics_of_the_batch_do_not_scale_a_loss(
+    scale: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    run = Run()
+    x, y = next(b for b in run.loader if len(b[0]) > 2)
+    for use in (lambda a, b: a * b, lambda a, b: a / b):
+        with pytest.raises(InputError, match="was scaled by a tensor of shape"):
+            use(run.criterion(run.private(x), y), scale(x))
+    (run.criterion(run.private(x), y) * torch.rand(len(x))).backward()
+    run.optimizer.step()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_last_batch_is_not_skipped_either(mode: str) -> None:
+    rows = TensorDataset(torch.randn(6, 4), torch.zeros(6).long())
+    run = Run(mode, loader=DataLoader(rows, batch_size=3))
+    with pytest.raises(InputError, match="ended with 1 of its last batches passed over"):
+        steps(run, 1)
