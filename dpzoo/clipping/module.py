@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.graph import refuse_unseen
 from dpzoo.clipping.recorder import Enter, Recorder, run_backward
-from dpzoo.clipping.verification import verify
+from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -199,22 +199,21 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         count = self._checked.get(kind, 0) + 1
         # Not the first alone: a layer that starts at zero (LoRA's B, a gate) hides what is below it.
         check = count & (count - 1) == 0
+        checked = None
+        if check:
+            self._verifying = True
+            try:
+                checked = Verification(losses, parameters, recorder)
+            finally:
+                self._verifying = False
         self._book = book
         try:
-            total = losses.sum()
-            run_backward(recorder, total, self.anchor, retain_graph=check)
+            run_backward(recorder, losses.sum(), self.anchor, retain_graph=False)
         finally:
             self._book = None
         recorder.refuse_changed()
         squared = book.squared_norms()
-        done = True
-        if check:
-            self._verifying = True
-            try:
-                done = verify(losses, book, squared, parameters, self.name_of, recorder)
-            finally:
-                self._verifying = False
-        if done:
+        if checked is None or checked.compare(book, squared, self.name_of):
             self._checked[kind] = count
         recorder.spent = True
         self._earlier.clear()

@@ -13,7 +13,9 @@ the kind. A batch of one row is of another kind than one of several.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -31,114 +33,119 @@ SMALL = 0.05
 """A parameter whose gradients are less than this times the tolerance of the rows' whole is rounding."""
 
 
-def verify(
-    losses: torch.Tensor,
-    book: Book,
-    squared: dict[torch.Tensor, torch.Tensor],
-    parameters: list[torch.Tensor],
-    name_of: Callable[[torch.Tensor], str],
-    recorder: Recorder,
-) -> bool:
-    """Compare weighted sums of rows' gradients with autograd's.
+SKETCHES = 8
+"""Products a^T G b with random a and b that stand for a gradient G: two that agree in all are equal."""
+
+
+class Verification:
+    """The check of one backward pass.
+
+    Autograd's weighted sums are taken first, and kept as a few random products each, so that the check
+    needs no more memory than a step without privacy does.
 
     Args:
-        losses: the rows' losses, (rows,), whose graph is still there.
-        book: what was recorded.
-        squared: parameter -> squared norms of the rows, (rows,).
+        losses: the rows' losses, (rows,), whose graph is kept.
         parameters: all that are trained.
-        name_of: a parameter's name.
         recorder: of the forward pass.
-
-    Returns:
-        Whether they could be compared: not where a row's gradient is not finite.
-
-    Raises:
-        InputError: a parameter's sums differ.
     """
-    finite = torch.stack(list(squared.values())).sum(0).isfinite() if squared else None
-    if finite is not None and not bool(finite.all()):
-        return False  # the next batch is checked
-    generator = torch.Generator().manual_seed(int.from_bytes(b"rows", "big"))
-    weights = (torch.rand(len(losses), generator=generator, dtype=torch.float64) + 0.5).to(
-        losses.device
-    )
-    weights = (
-        weights
-        * torch.tensor([1.0, -1.0], dtype=torch.float64, device=losses.device).repeat(
-            len(losses) // 2 + 1
-        )[: len(losses)]
-    )
-    whole = sum((value.detach().double().sum() for value in squared.values()), torch.zeros(()))
-    faults: list[str] = []
 
-    def compare(parameter: torch.Tensor) -> None:
-        grad, parameter.grad = parameter.grad, None
-        assert grad is not None
-        with (
-            torch.no_grad(),
-            torch._C.DisableTorchFunction(),
-            torch.autocast(grad.device.type, enabled=False),
-        ):
-            _compare(
-                parameter,
-                grad,
-                book,
-                squared,
-                weights,
-                float(whole),
-                faults,
-                name_of,
-                recorder.autocast,
+    def __init__(
+        self, losses: torch.Tensor, parameters: list[torch.Tensor], recorder: Recorder
+    ) -> None:
+        draws = torch.Generator().manual_seed(int.from_bytes(b"rows", "big"))
+        signs = torch.tensor([1.0, -1.0]).repeat(len(losses) // 2 + 1)[: len(losses)]
+        weights = (torch.rand(len(losses), generator=draws, dtype=torch.float64) + 0.5) * signs
+        self.weights = weights.to(losses.device)
+        self.autocast = recorder.autocast
+        self._expected: dict[torch.Tensor, tuple[float, torch.Tensor, torch.dtype]] = {}
+
+        def note(parameter: torch.Tensor) -> None:
+            grad, parameter.grad = parameter.grad, None
+            assert grad is not None
+            with _plain(grad):
+                self._expected[parameter] = float(grad.norm()), _sketch(grad), grad.dtype
+
+        before = [p.grad for p in parameters]
+        handles = [p.register_post_accumulate_grad_hook(note) for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            total = (losses * self.weights.to(losses.dtype)).sum()
+            run_backward(recorder, total, None, retain_graph=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+
+    def compare(
+        self,
+        book: Book,
+        squared: dict[torch.Tensor, torch.Tensor],
+        name_of: Callable[[torch.Tensor], str],
+    ) -> bool:
+        """Compare the recorded rows' weighted sums with autograd's.
+
+        Args:
+            book: what was recorded.
+            squared: parameter -> squared norms of the rows, (rows,).
+            name_of: a parameter's name.
+
+        Returns:
+            Whether they could be compared: not where a row's gradient is not finite.
+
+        Raises:
+            InputError: a parameter's sums differ.
+        """
+        norms = {p: float(value.double().sum().sqrt()) for p, value in squared.items()}
+        whole = math.sqrt(sum(norm**2 for norm in norms.values()))
+        if not math.isfinite(whole):
+            return False  # the next batch is checked
+        faults: list[str] = []
+        for parameter, (size, sketch, dtype) in self._expected.items():
+            tolerance = AUTOCAST if self.autocast else TOLERANCE.get(dtype, AUTOCAST)
+            # A parameter's gradients may be rounding alone (a bias that a softmax does not feel).
+            rounding = SMALL * tolerance * whole
+            if parameter not in squared:
+                if size > rounding:
+                    faults.append(
+                        f"{name_of(parameter)} has a gradient of norm {size:.3g} and no recorded use"
+                    )
+                continue
+            with _plain(parameter):
+                wide = torch.promote_types(dtype, torch.float32)
+                got = book.close(parameter, self.weights.to(wide), forget=False)
+                off = float((_sketch(got) - sketch).square().mean().sqrt())
+            # Rows' gradients may cancel in the sum; its rounding goes by the norms of the rows.
+            scale = max(norms[parameter], size)
+            if off > tolerance * scale + rounding:
+                faults.append(f"{name_of(parameter)} is off by {off / scale:.2g} of its norm")
+        if faults:
+            raise InputError(
+                f"The recorded per-sample gradients are not those of the rows: {'; '.join(faults[:3])}"
+                f"{f'; and {len(faults) - 3} more' if len(faults) > 3 else ''}. Either what one row "
+                f"computes depends on another (a mean over the batch, a loss over all tokens of the "
+                f"batch), or a parameter is used in a way that grad_sample_mode='bk' does not see. "
+                f"dpzoo.audit(model, batch) says which rows. Nothing was added to the sums."
             )
-
-    before = [p.grad for p in parameters]
-    handles = [p.register_post_accumulate_grad_hook(compare) for p in parameters]
-    try:
-        for p in parameters:
-            p.grad = None
-        total = (losses * weights.to(losses.dtype)).sum()
-        run_backward(recorder, total, None, retain_graph=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, grad in zip(parameters, before, strict=True):
-            p.grad = grad
-    if faults:
-        raise InputError(
-            f"The recorded per-sample gradients are not those of the rows: {'; '.join(faults[:3])}"
-            f"{f'; and {len(faults) - 3} more' if len(faults) > 3 else ''}. Either what one row computes "
-            f"depends on another (a mean over the batch, a loss over all tokens of the batch), or a "
-            f"parameter is used in a way that grad_sample_mode='bk' does not see. dpzoo.audit(model, "
-            f"batch) says which rows. Nothing was added to the sums."
-        )
-    return True
+        return True
 
 
-def _compare(
-    parameter: torch.Tensor,
-    grad: torch.Tensor,
-    book: Book,
-    squared: dict[torch.Tensor, torch.Tensor],
-    weights: torch.Tensor,
-    whole: float,
-    faults: list[str],
-    name_of: Callable[[torch.Tensor], str],
-    rough: bool,
-) -> None:
-    size = float(grad.double().norm())
-    tolerance = AUTOCAST if rough else TOLERANCE.get(grad.dtype, AUTOCAST)
-    if parameter not in squared:
-        if size > SMALL * tolerance * whole**0.5:
-            faults.append(
-                f"{name_of(parameter)} has a gradient of norm {size:.3g} and no recorded use"
-            )
-        return
-    got = book.close(
-        parameter, weights.to(torch.promote_types(grad.dtype, torch.float32)), forget=False
-    )
-    off = float((got.double() - grad.double()).norm())
-    # Rows' gradients may cancel in the sum, and a parameter's may be rounding alone (a bias that a softmax
-    # does not feel): rounding goes by the norms of the rows, and by those over all parameters.
-    scale = float((squared[parameter].double().sum()).sqrt())
-    if off > tolerance * max(scale, size) + SMALL * tolerance * whole**0.5:
-        faults.append(f"{name_of(parameter)} is off by {off / max(scale, size):.2g} of its norm")
+@contextmanager
+def _plain(tensor: torch.Tensor) -> Iterator[None]:
+    """No recording, no gradients, no autocast."""
+    with (
+        torch.no_grad(),
+        torch._C.DisableTorchFunction(),
+        torch.autocast(tensor.device.type, enabled=False),
+    ):
+        yield
+
+
+def _sketch(grad: torch.Tensor) -> torch.Tensor:
+    """Random products of a gradient, (SKETCHES,), whose mean square is about its squared norm."""
+    matrix = grad.reshape(len(grad) if grad.ndim else 1, -1)
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    draws = torch.Generator().manual_seed(matrix.numel())
+    left, right = (torch.randn(SKETCHES, size, generator=draws).to(matrix) for size in matrix.shape)
+    return ((matrix @ right.t()).t() * left).sum(1).double()

@@ -20,8 +20,13 @@ import dpzoo
 from tests.modes import engine_of
 from tests.support import in_stock_layout
 
-TOLERANCE = 1e-6
-"""Of the whole sum, relative, in l2: some roundings of 2^-24 in a row."""
+SHORTER = 1e-6
+"""Relative, of a row's norm below the true one: some roundings of 2^-24 in a row."""
+
+LONGER = 2e-5
+"""Relative, of a norm above the true one, and of the whole sum in l2: rows are clipped by an upper bound
+of their norm under rounding (`dpzoo.factors`), so a clipped row may be shorter than C, and never longer.
+The bound is widest for a tied table, whose two uses may cancel."""
 
 CLIP = 1.05
 """C in units of the first row's norm: some of the others are longer, and some are not."""
@@ -115,7 +120,7 @@ def distance(got: Batch, wanted: Batch) -> float:
 
 
 def errors(kind: str, rows: int, seq: int, *, stock_too: bool = False) -> tuple[float, ...]:
-    """(error of bk's sum, largest error of a norm, that of float32 row by row, bk from that)."""
+    """(error of bk's sum, smallest and largest error of a norm, float32 row by row, bk from that)."""
     torch.manual_seed(0)
     stock = MODELS[kind]().train()
     batch = rows_of(stock, rows, seq)
@@ -125,7 +130,8 @@ def errors(kind: str, rows: int, seq: int, *, stock_too: bool = False) -> tuple[
     narrow = oracle(stock, batch, clip)[2] if stock_too else None
     model, got = book_keeping(stock, batch, clip)
     grads = {k: in_stock_layout(model, k, p.grad).double() for k, p in model.named_parameters()}
-    figures = distance(grads, sums), float((got.double() / norms - 1).abs().max())
+    off = got.double() / norms - 1
+    figures = distance(grads, sums), float(off.min()), float(off.max())
     if narrow is None:
         return figures
     return *figures, distance(narrow, sums), distance(grads, narrow)
@@ -135,16 +141,16 @@ def errors(kind: str, rows: int, seq: int, *, stock_too: bool = False) -> tuple[
 @pytest.mark.parametrize("kind", MODELS)
 def test_float32_is_exact_to_its_rounding(kind: str) -> None:
     """A sum in a narrow dtype, or a Gram matrix that loses digits, does not show in tiny models."""
-    of_sum, of_norms = errors(kind, rows=4, seq=128)
-    assert of_sum <= TOLERANCE
-    assert of_norms <= TOLERANCE
+    of_sum, lowest, highest = errors(kind, rows=4, seq=128)
+    assert of_sum <= LONGER
+    assert lowest >= -SHORTER
+    assert highest <= LONGER
 
 
 if __name__ == "__main__":
     for kind in MODELS:
         figures = errors(kind, int(sys.argv[1]), int(sys.argv[2]), stock_too=True)
         print(
-            "{}: bk's sum {:.2e}, its norms {:.2e}; float32 row by row {:.2e}, bk from that {:.2e}".format(
-                kind, *figures
-            )
+            "{}: bk's sum {:.2e}, its norms {:.2e} to {:.2e}; float32 row by row {:.2e}, "
+            "bk from that {:.2e}".format(kind, *figures)
         )
