@@ -131,7 +131,9 @@ def _digest(x: torch.Tensor) -> int | None:
         return None
     if x.is_complex() or x.is_quantized:
         return None
-    return int(x.detach().contiguous().view(width).sum(dtype=torch.int64))
+    numbers = x.detach().contiguous().view(width).reshape(-1)
+    # In parts: torch copies what it sums in another dtype.
+    return int(torch.stack([n.sum(dtype=torch.int64) for n in numbers.split(1 << 20)]).sum())
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
