@@ -84,11 +84,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         self._names = trained
         self._recorder = recorder = Recorder(self, rows)
-        recorder.part = next((t for t in tensors if t.ndim and len(t) == rows), None)
+        recorder.inputs = [t for t in tensors if t.ndim and len(t) == rows]
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        for tensor in tensors:
-            if tensor.ndim and tensor.shape[0] == rows and id(tensor) not in trained:
+        for tensor in recorder.inputs:
+            if id(tensor) not in trained:
                 recorder.mark(tensor)
         recorder.__enter__()
         recorder.on = True
@@ -163,9 +163,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             _refuse_hooks(named)
             self._names = {id(p): n for n, p in named}
             book = self._record(losses, [p for _, p in named])
-            part = None if self._recorder is None else self._recorder.part
+            inputs = [] if self._recorder is None else self._recorder.inputs
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-                made = optimizer.add_rows(book, named, part)
+                made = optimizer.add_rows(book, named, inputs)
         except BaseException:
             optimizer.drop()  # nothing, rather than a part
             optimizer.draws.abandon()

@@ -192,13 +192,13 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
     # --- sums -----------------------------------------------------------------------------------
 
-    def add_rows(self, book: Book, named: list[tuple[str, torch.Tensor]], part: Any = None) -> Any:
+    def add_rows(self, book: Book, named: list[tuple[str, torch.Tensor]], inputs: Any = ()) -> Any:
         """Add the clipped rows of a backward pass to the sums.
 
         Args:
             book: what the backward pass recorded.
             named: (name, parameter) of all that are trained.
-            part: the batch's first tensor, (rows, ...), or None.
+            inputs: the model's, (rows, ...) each.
 
         Returns:
             (norms, clip factors or None for several), (rows,) each, and how many rows were left out
@@ -224,7 +224,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 "Parameters were frozen or unfrozen between two parts of one draw, wanted the same to be "
                 "trained in all of them. Change what is trained between steps. The sums are dropped."
             )
-        self.draws.take(book.rows, part)
+        self.draws.take(book.rows, inputs)
         self._trained = trained
         squared = book.squared_norms()
         device = next((v.device for v in squared.values()), torch.device("cpu"))

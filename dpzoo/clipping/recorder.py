@@ -113,7 +113,7 @@ class Recorder(TorchFunctionMode):
         self.mixed: list[tuple[Any, str]] = []
         """Nodes of outputs in which rows were combined, and the function that combined them."""
         self._met: list[tuple[Any, int, str]] = []
-        self.part: torch.Tensor | None = None
+        self.inputs: list[torch.Tensor] = []  # those with the batch's rows in front
         """The first tensor of the batch, (rows, ...)."""
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
         self._classes: dict[Any, bool] = {}
