@@ -273,6 +273,11 @@ class Book:
             for parameter, regions in self._uses.items()
         }
 
+    def factors_of(self, parameter: torch.Tensor) -> list[GradFactors]:
+        """A parameter's uses; none where they are of parts of it."""
+        regions = self._uses[parameter]
+        return regions[None].factors if list(regions) == [None] else []
+
     def _whole(self, parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
         """Uses of regions that overlap, as gradients of the whole parameter."""
         total = torch.zeros(
@@ -359,11 +364,11 @@ def _added(
 ) -> torch.Tensor:
     if total is None:
         return use.add_to(None, weights).reshape(shape)
-    use.add_to(total.view(_shape(use)), weights)
+    use.add_to(total.view(shape_of(use)), weights)
     return total
 
 
-def _shape(use: GradFactors) -> tuple[int, ...]:
+def shape_of(use: GradFactors) -> tuple[int, ...]:
     """The shape of a row's gradient."""
     if isinstance(use, LinearFactors):
         return use.grads.shape[-1], use.inputs.shape[-1]
@@ -374,14 +379,14 @@ def _shape(use: GradFactors) -> tuple[int, ...]:
 
 def _alike(a: GradFactors, b: GradFactors) -> tuple[GradFactors, GradFactors]:
     """Two uses in one shape, so that they have an inner product."""
-    if _shape(a) == _shape(b):
+    if shape_of(a) == shape_of(b):
         return a, b
     if not isinstance(a, DenseGrads) and not isinstance(b, DenseGrads):
         a = DenseGrads(a.dense())
     if isinstance(a, DenseGrads):
-        return DenseGrads(a.grads.reshape(-1, *_shape(b))), b
+        return DenseGrads(a.grads.reshape(-1, *shape_of(b))), b
     assert isinstance(b, DenseGrads)
-    return a, DenseGrads(b.grads.reshape(-1, *_shape(a)))
+    return a, DenseGrads(b.grads.reshape(-1, *shape_of(a)))
 
 
 def _dtype(regions: dict[Region | None, Uses]) -> torch.dtype:

@@ -195,7 +195,9 @@ def _meet_embedding(recorder: Recorder, met: Meeting) -> Any:
             f"{name} is looked up with max_norm, scale_grad_by_freq or sparse, which make a row's "
             f"gradient depend on other rows or have no dense form. Wanted a plain look-up."
         )
-    return _lookup(recorder, function, call(*args, **kwargs), ids, table, padding)
+    # Sparse: autograd's own gradient, which the check asks for, then is of the vectors looked up.
+    out = call(ids, table, padding, sparse=table.is_leaf)
+    return _lookup(recorder, function, out, ids, table, padding)
 
 
 def _lookup(

@@ -540,9 +540,8 @@ class Recorder(TorchFunctionMode):
         own = layout if isinstance(layout, Picked) else layout._replace(dim=dim)
         same = z.stride(dim) == 0 or dim in (known(z, SAME) or ())
         one = z.narrow(dim, 0, 1) if same else z
-
-        looked_up = known(z, LOOKED_UP) if dim == 0 else None
-        if looked_up is not None and looked_up[1].shape != z.shape[:1]:
+        looked_up = known(z, LOOKED_UP)
+        if looked_up is not None and dim >= looked_up[1].ndim:  # a feature for each row
             looked_up = None
 
         def enter(book: Book, grad: torch.Tensor) -> None:
