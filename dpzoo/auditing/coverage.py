@@ -6,10 +6,10 @@ from opacus.validators import ModuleValidator
 from torch import nn
 
 from dpzoo.auditing.capture import Trace
+from dpzoo.auditing.findings import ShapeRow
 from dpzoo.auditing.numerics import disagreements, largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.report import ShapeRow
 from dpzoo.auditing.subject import Subject
 
 PER_ROW = (

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from dpzoo.auditing.findings import CheckResult
 from dpzoo.auditing.loop_lint import Loop, parameters, sampling, settings
 from dpzoo.auditing.loop_observation import observe
 from dpzoo.auditing.noise import measure
 from dpzoo.auditing.numerics import Gradients, row_norms
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.report import AuditReport, CheckResult
+from dpzoo.auditing.report import AuditReport
 from dpzoo.clipping.draws import Draws
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import Release

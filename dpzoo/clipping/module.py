@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
@@ -14,12 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.graph import refuse_unseen
+from dpzoo.clipping.meetings import meet
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.recorder import Enter, Recorder, run_backward
 from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
@@ -83,7 +82,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             return
         trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         self._names = trained
-        self._recorder = recorder = Recorder(self, rows)
+        self._recorder = recorder = Recorder(self, rows, meet)
         recorder.inputs = [t for t in tensors if t.ndim and len(t) == rows]
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch.optim import LBFGS, Optimizer
 
+from dpzoo.clipping.book import Book
 from dpzoo.clipping.draws import Draws
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.errors import InputError
 from dpzoo.factors import upcast
 from dpzoo.ledger import Ledger
-
-if TYPE_CHECKING:
-    from dpzoo.clipping.book import Book
 
 CLIPPINGS = ("flat", "per_layer", "automatic")
 

@@ -37,6 +37,19 @@ from dpzoo.models.cache import takes_cache
 from dpzoo.models.encoder import ENCODER_FIELDS, EncoderBody, MaskedLMHead
 from dpzoo.models.fields import TWO_LABELS
 
+TASKS = {
+    "base": "BertModel",
+    "pre-training": "BertForPreTraining",
+    "masked-lm": "BertForMaskedLM",
+    "causal-lm": "BertLMHeadModel",
+    "next-sentence-prediction": "BertForNextSentencePrediction",
+    "sequence-classification": "BertForSequenceClassification",
+    "multiple-choice": "BertForMultipleChoice",
+    "token-classification": "BertForTokenClassification",
+    "question-answering": "BertForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
+
 
 class BertLayer(EncoderLayer):
     """One encoder layer, under the name that FSDP and device maps know it by."""

@@ -44,6 +44,16 @@ from dpzoo.models.base import (
 )
 from dpzoo.models.fields import TWO_LABELS
 
+TASKS = {
+    "base": "DistilBertModel",
+    "masked-lm": "DistilBertForMaskedLM",
+    "sequence-classification": "DistilBertForSequenceClassification",
+    "multiple-choice": "DistilBertForMultipleChoice",
+    "token-classification": "DistilBertForTokenClassification",
+    "question-answering": "DistilBertForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
+
 LAYER_NORM_EPS = 1e-12
 
 

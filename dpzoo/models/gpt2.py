@@ -54,6 +54,16 @@ from dpzoo.models.base import (
 from dpzoo.models.cache import CACHE, takes_cache
 from dpzoo.models.heads import last_real, real_tokens
 
+TASKS = {
+    "base": "GPT2Model",
+    "causal-lm": "GPT2LMHeadModel",
+    "sequence-classification": "GPT2ForSequenceClassification",
+    "double-heads": "GPT2DoubleHeadsModel",
+    "token-classification": "GPT2ForTokenClassification",
+    "question-answering": "GPT2ForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
+
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")
 
 

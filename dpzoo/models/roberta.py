@@ -36,6 +36,17 @@ from dpzoo.models.cache import takes_cache
 from dpzoo.models.encoder import ENCODER_FIELDS, EncoderBody, MaskedLMHead
 from dpzoo.models.fields import TWO_LABELS
 
+TASKS = {
+    "base": "RobertaModel",
+    "masked-lm": "RobertaForMaskedLM",
+    "causal-lm": "RobertaForCausalLM",
+    "sequence-classification": "RobertaForSequenceClassification",
+    "multiple-choice": "RobertaForMultipleChoice",
+    "token-classification": "RobertaForTokenClassification",
+    "question-answering": "RobertaForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
+
 
 class RobertaLayer(EncoderLayer):
     """One encoder layer, under the name that FSDP and device maps know it by."""
