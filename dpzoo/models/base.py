@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
@@ -314,11 +315,9 @@ def stock_class(cls: type[PerSampleModel]) -> type[PreTrainedModel]:
     )
 
 
-def classifier_dropout(config: Any) -> float:
-    """BERT's and RoBERTa's dropout before a classifier: its own, or else the hidden layers'."""
-    if config.classifier_dropout is not None:
-        return float(config.classifier_dropout)
-    return float(config.hidden_dropout_prob)
+def activation(function: Any) -> Any:
+    """An activation by its transformers name, or a callable as it is."""
+    return ACT2FN[function] if isinstance(function, str) else function
 
 
 def refuse_arguments(name: str, extra: Mapping[str, Any], **named: Any) -> None:
