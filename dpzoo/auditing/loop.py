@@ -173,12 +173,12 @@ def _freshness(loop: Loop, record: Record) -> None:
 def _own_noise(loop: Loop) -> Iterator[None]:
     """Sums and noise of the audit's own in dpzoo's engine: the run's go on as if nothing had been."""
     optimizer = loop.optimizer
-    names = ("release", "draws", "sums", "_trained", "_clipped_at", "max_grad_norm", "_halves")
+    names = ("release", "draws", "sums", "_trained", "_clipped_at", "max_grad_norm", "rule")
     kept = {n: vars(optimizer)[n] for n in names if n in vars(optimizer)}
     if "release" in kept:
         optimizer.release = Release(NoiseSource())
     if "sums" in kept:
-        optimizer.sums = {}
+        optimizer.sums, optimizer.rule = {}, copy.copy(kept["rule"])
     try:
         yield
     finally:

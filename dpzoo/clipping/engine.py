@@ -21,7 +21,6 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from dpzoo.clipping.adaptive import AdaptiveBookKeepingOptimizer
 from dpzoo.clipping.draws import Draws, count_draws
 from dpzoo.clipping.frozen import FrozenWatch, refuse_learning_buffers
 from dpzoo.clipping.loss import PrivateCriterion
@@ -34,6 +33,7 @@ from dpzoo.clipping.optimizer import (
     source_of,
     with_release,
 )
+from dpzoo.clipping.rules import rule_of
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
 from dpzoo.ledger import Ledger
@@ -55,8 +55,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer.step()
 
     All other modes and the accountants are Opacus' own. ``clipping`` may be "flat", "per_layer",
-    "automatic" (`dpzoo.clipping.optimizer.BookKeepingOptimizer`) or "adaptive", with Opacus' arguments
-    for it (`dpzoo.clipping.adaptive.AdaptiveBookKeepingOptimizer`).
+    "automatic" or "adaptive", with Opacus' arguments for it; in mode "bk" also a rule of your own
+    (`dpzoo.clipping.rules`).
 
     In every mode:
 
@@ -249,15 +249,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return with_release(made, noise, counts_samples="ghost" not in grad_sample_mode)
         if isinstance(optimizer, opacus.optimizers.DPOptimizer):
             optimizer = optimizer.original_optimizer
+        kwargs["clipping"] = rule = rule_of(kwargs.get("clipping", "flat"), kwargs)
+        if distributed and rule.one_process:
+            raise InputError(
+                f"grad_sample_mode='bk' got clipping={rule.name!r} with distributed=True, wanted one of "
+                f"the two: the count of rows that were not clipped is of one process alone."
+            )
         kind: type[BookKeepingOptimizer] = BookKeepingOptimizer
-        if kwargs.get("clipping") == "adaptive":
-            if distributed:
-                raise InputError(
-                    "grad_sample_mode='bk' got clipping='adaptive' with distributed=True, wanted one of "
-                    "the two: the count of rows that were not clipped is of one process alone."
-                )
-            kind = AdaptiveBookKeepingOptimizer
-        elif distributed:
+        if distributed:
             kind = DistributedBookKeepingOptimizer
         return kind(optimizer, noise=noise, **kwargs)
 
