@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "versions", "factors", "example_batch"),
+    ("errors", "example_batch", "factors", "modes", "opacus_internals", "versions"),
     ("data", "layers", "ledger", "losses"),
     ("clipping", "grad_samplers", "transfer"),
     ("heads", "models"),

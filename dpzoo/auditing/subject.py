@@ -20,6 +20,7 @@ from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_nor
 from dpzoo.auditing.opacus_modes import ModeRun, OpacusMode, first_line
 from dpzoo.auditing.row_losses import Loss, RowLoss
 from dpzoo.errors import InputError
+from dpzoo.modes import MODES
 
 
 class CannotRunError(Exception):
@@ -236,7 +237,7 @@ class Subject:
         run = self.mode_run(mode)
         if run.error:
             return f"{mode} raises"
-        values = run.norms if mode == "ghost" else run.rows
+        values = run.values
         if values.keys() != self.parameters.keys():
             return f"{mode} lacks parameters"
         if any(len(value) != self.rows for value in values.values()):
@@ -250,7 +251,7 @@ class Subject:
             return {
                 mode
                 for mode in self.modes
-                if mode != "ghost"
+                if MODES[mode].rows
                 and not self.broken(mode)
                 and not disagreements(self.mode_run(mode).rows, self.oracle, self.tolerance)
             }

@@ -37,6 +37,7 @@ from dpzoo.clipping.rules import rule_of
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
 from dpzoo.ledger import Ledger
+from dpzoo.opacus_internals import on_ghost_backward
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             _refuse_equal_ranks(private_optimizer)
         if grad_sample_mode != "bk":
             if len(made) == 4:
-                _count_ghost_rows(made[2], draws)
+                on_ghost_backward(made[2], draws.take)
             return made
         private_criterion = PrivateCriterion(private, private_optimizer, criterion, loss_reduction)
         return private, private_optimizer, private_criterion, loader
@@ -424,25 +425,6 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
             f"False and no sampler. Weight the rows in the loss instead, or call "
             f"make_private(poisson_sampling=False) and answer for the accounting yourself."
         )
-
-
-def _count_ghost_rows(criterion: Any, draws: Draws) -> None:
-    """Have the losses of Opacus' ghost criterion tell their rows when they are backpropagated."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss: Any = super(made, self).__call__(*args, **kwargs)
-        backward = loss.backward
-
-        def counted(*given: Any, **options: Any) -> Any:
-            draws.take(len(loss.loss_per_sample))
-            return backward(*given, **options)
-
-        loss.backward = counted
-        return loss
-
-    kind = type(criterion)
-    made: Any = type(kind.__name__, (kind,), {"__call__": call})
-    criterion.__class__ = made
 
 
 def _refuse_equal_ranks(optimizer: Any) -> None:

@@ -19,6 +19,7 @@ from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.recorder import Enter, Recorder, run_backward
 from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.opacus_internals import forget_hooks
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
@@ -46,8 +47,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             )
         _refuse_model(m)
         for parameter in m.parameters():
-            parameter.__dict__.pop("_forward_counter", None)  # Opacus' hooks' own; not used here
-            parameter.__dict__.pop("grad_sample", None)
+            forget_hooks(parameter)
             setattr(parameter, "summed_grad", None)  # noqa: B010  (not an attribute of tensors)
         self.anchor = torch.zeros((), device=_device(m), requires_grad=True)
         self._book: Book | None = None

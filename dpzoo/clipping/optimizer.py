@@ -17,6 +17,13 @@ from dpzoo.clipping.rules import ClippingRule, rule_of
 from dpzoo.errors import InputError
 from dpzoo.factors import upcast
 from dpzoo.ledger import Ledger
+from dpzoo.opacus_internals import (
+    forget_skips,
+    note_step,
+    skipped_last,
+    skips_next,
+    without_noise,
+)
 
 
 class Release:
@@ -231,8 +238,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
     def drop(self) -> None:
         """Forget the sums, and what a `BatchMemoryManager` has announced."""
         self._forget()
-        self._step_skip_queue.clear()
-        self._is_last_step_skipped = False
+        forget_skips(self)
 
     def _forget(self) -> None:
         for parameter in self.sums:
@@ -260,7 +266,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             set_to_none: free ``grad`` (as in torch.optim, and unlike Opacus, the default): the sums
                 of the next batch are new tensors, beside which zeros would be kept for nothing.
         """
-        if not self._is_last_step_skipped and self.sums:
+        if not skipped_last(self) and self.sums:
             self.draws.abandon()
             self._forget()
         self.original_optimizer.zero_grad(set_to_none)
@@ -279,8 +285,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale the sums, unless the step is one of a logical batch's earlier parts."""
-        if self._check_skip_next_step():
-            self._is_last_step_skipped = True
+        if skips_next(self):
             return False
         self.draws.finish()
         if self.sums and self._trained != frozenset(id(p) for p in self.params):
@@ -292,7 +297,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         self.add_noise()
         if self.step_hook:
             self.step_hook(self)
-        self._is_last_step_skipped = False
+        note_step(self)
         return True
 
     def add_noise(self) -> None:
@@ -386,21 +391,11 @@ class OpacusStep:
         """As Opacus', with noise from the release's source."""
         own: Any = self
         self.draws.finish()
-        adjusted = getattr(own, "_adjusted_noise_multiplier", None)
-        sigma = own.noise_multiplier
-        std = float((sigma if adjusted is None else adjusted) * own.max_grad_norm)
-        own.noise_multiplier = 0.0
-        if adjusted is not None:
-            own._adjusted_noise_multiplier = 0.0
-        try:
+        with without_noise(own) as std:
             super().add_noise()  # type: ignore[misc]
-        finally:
-            own.noise_multiplier = sigma
-            if adjusted is not None:
-                own._adjusted_noise_multiplier = adjusted
         if getattr(own, "rank", 0) != 0:
             return
-        step = self.release.begin(sigma)
+        step = self.release.begin(own.noise_multiplier)
         whole = [upcast(p.grad) for p in own.params]
         # One process's part does not determine the sum of all: its noise is fresh at each step.
         digest = secrets.token_bytes(32) if hasattr(own, "rank") else None
@@ -414,8 +409,7 @@ class OpacusStep:
         for parameter in own.params:
             parameter.summed_grad = None
             parameter.grad_sample = None
-        own._step_skip_queue.clear()
-        own._is_last_step_skipped = False
+        forget_skips(own)
 
 
 def with_release(
