@@ -1,7 +1,7 @@
 """The check of a backward pass against autograd, with a weight for each row.
 
 For weights w_i drawn at random, autograd's gradient of sum_i w_i loss_i is sum_i w_i G_i, where G_i is
-the gradient of row i's loss. The recorded uses give the same sum, if every use was recorded, and if each
+the gradient of row i's loss. (Where rows are clipped as one unit, they have one weight.) The recorded uses give the same sum, if every use was recorded, and if each
 was given to the row that it is of: were any part of G_i given to another row, the sums would differ, but
 for weights in a set of measure zero. So one ordinary backward pass checks both, whatever the model does,
 and it finds losses that depend on other rows' activations, too.
@@ -21,6 +21,7 @@ import torch
 
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.recorder import Recorder, run_backward
+from dpzoo.clipping.units import Units
 from dpzoo.errors import InputError
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
@@ -47,14 +48,19 @@ class Verification:
         losses: the rows' losses, (rows,), whose graph is kept.
         parameters: all that are trained.
         recorder: of the forward pass.
+        units: of the rows.
     """
 
     def __init__(
-        self, losses: torch.Tensor, parameters: list[torch.Tensor], recorder: Recorder
+        self,
+        losses: torch.Tensor,
+        parameters: list[torch.Tensor],
+        recorder: Recorder,
+        units: Units,
     ) -> None:
         draws = torch.Generator().manual_seed(int.from_bytes(b"rows", "big"))
-        signs = torch.tensor([1.0, -1.0]).repeat(len(losses) // 2 + 1)[: len(losses)]
-        weights = (torch.rand(len(losses), generator=draws, dtype=torch.float64) + 0.5) * signs
+        signs = torch.tensor([1.0, -1.0]).repeat(units.count // 2 + 1)[: units.count]
+        weights = (torch.rand(units.count, generator=draws, dtype=torch.float64) + 0.5) * signs
         self.weights = weights.to(losses.device)
         self.autocast = recorder.autocast
         self._expected: dict[torch.Tensor, tuple[float, torch.Tensor, torch.dtype]] = {}
@@ -70,7 +76,7 @@ class Verification:
         try:
             for p in parameters:
                 p.grad = None
-            total = (losses * self.weights.to(losses.dtype)).sum()
+            total = (losses * units.to_rows(self.weights).to(losses.dtype)).sum()
             run_backward(recorder, total, None, retain_graph=True)
         finally:
             for handle in handles:
@@ -88,7 +94,7 @@ class Verification:
 
         Args:
             book: what was recorded.
-            squared: parameter -> squared norms of the rows, (rows,).
+            squared: parameter -> squared norms of the units, (units,).
             name_of: a parameter's name.
 
         Returns:
