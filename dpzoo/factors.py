@@ -19,9 +19,9 @@ one by at most the order of u b. `rounding_bound` makes an upper bound of the no
 
 Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is float32 or wider.
 
-Where the unit of privacy is more than a row, its rows are one longer row: G_u = sum_i sum_t l_it r_it^T, over
-the rows i of unit u. `Group` joins the positions of units that have equally many rows, and all the above
-holds of what comes of it.
+Where the unit of privacy is more than a row, its rows are one longer row: G_u = sum_i sum_t l_it r_it^T,
+over the rows i of unit u. `Group` joins the positions of units that have equally many rows, and all the
+above holds of what comes of it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dpzoo.clipping.units import Units, UnitRows, labels_of
+from dpzoo.clipping.units import UnitRows, Units, labels_of
 from dpzoo.errors import InputError
 
 ONE_STEP = "One step takes the rows of one draw, each once"
@@ -60,6 +60,7 @@ class Draws:
         self._drawn: deque[Draw] = deque()
         self._taken = 0
         self._left: dict[int, int] | None = None  # of the draw's units; None: all of them
+        self._seen: set[Any] = set()  # ids of the step's units, where the caller answers for them
         self._parts: list[torch.Tensor] = []
         self._handed: int | None = None
         self._stepped = False  # in this pass
@@ -87,6 +88,7 @@ class Draws:
     def abandon(self) -> None:
         """What was taken of the draw does not count, and may be taken again."""
         self._taken, self._left = 0, None
+        self._seen.clear()
         self._parts.clear()
 
     def _refuse(self, message: str) -> InputError:
@@ -114,6 +116,13 @@ class Draws:
                 that the draw does not have.
         """
         if not self.strict:
+            given = set(() if ids is None else labels_of(ids, rows))
+            if self._seen & given:
+                raise self._refuse(
+                    f"Rows of {next(iter(self._seen & given))!r} came in two parts of one step, wanted all "
+                    f"rows of a unit in one backward pass: they are clipped as one."
+                )
+            self._seen |= given
             return Units(range(rows) if ids is None else labels_of(ids, rows))
         if self.dataset is None and ids is not None:
             raise InputError(
@@ -135,9 +144,9 @@ class Draws:
             names = labels_of(ids, rows)
             labels = [self.dataset.numbers.get(name, -1) for name in names]
             wrong = [
-                f"{labels.count(unit)} rows of {name!r}, which has {left.get(unit, 0)} left"
+                f"{names.count(name)} rows of {name!r}, which has {left.get(unit, 0)} left"
                 for name, unit in dict(zip(names, labels, strict=True)).items()
-                if labels.count(unit) != left.get(unit, 0)
+                if names.count(name) != left.get(unit, 0)
             ]
             cut = "; ".join(wrong[:3])
         if cut:
@@ -199,6 +208,7 @@ class Draws:
         Raises:
             InputError: rows of the draw are missing.
         """
+        self._seen.clear()
         if not self.strict:
             return
         if not self._drawn:

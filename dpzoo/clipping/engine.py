@@ -126,8 +126,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if units is not None and (grad_sample_mode != "bk" or not poisson_sampling):
             raise InputError(
                 f"make_private got unit_ids in grad_sample_mode={grad_sample_mode!r} with "
-                f"poisson_sampling={poisson_sampling}, wanted 'bk' and True: Opacus' modes clip each row by "
-                f"itself, so that a unit of k rows would move the sum by k C; and what is drawn are units. "
+                f"poisson_sampling={poisson_sampling}, wanted 'bk' and True: Opacus' modes clip each row "
+                f"by itself, so that a unit of k rows moves the sum by k C; and what is drawn are units. "
                 f"Use grad_sample_mode='bk', or leave out unit_ids: the unit is then the row."
             )
         if self._keyed and noise_generator is not None:
@@ -425,7 +425,9 @@ def _units_of(loader: DataLoader[Any], unit_ids: Any, most: int | None) -> DataL
     """The loader as it is, or one of units."""
     if unit_ids is None:
         if most is not None:
-            raise InputError(f"max_rows_per_unit={most} came without unit_ids, wanted both or none.")
+            raise InputError(
+                f"max_rows_per_unit={most} came without unit_ids, wanted both or none."
+            )
         return loader
     if isinstance(loader.dataset, UnitRows) or type(loader.batch_sampler) is not BatchSampler:
         raise InputError(

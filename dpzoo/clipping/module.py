@@ -178,9 +178,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._norms, self._factors, left_out = made
         self.nonfinite_rows += left_out
 
-    def _record(
-        self, losses: torch.Tensor, parameters: list[torch.Tensor], units: Units
-    ) -> Book:
+    def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor], units: Units) -> Book:
         rows = len(losses)
         book = Book(rows, parameters, units)
         if not rows or (losses.grad_fn is None and not parameters):

@@ -46,7 +46,8 @@ class UnitRows(Dataset[Any]):
                 f"unit_ids got a {type(dataset).__name__}, wanted a data set with a length, and rows by "
                 f"index: Poisson sampling chooses among all units."
             )
-        if max_rows_per_unit is not None and not max_rows_per_unit >= 1:
+        whole = isinstance(max_rows_per_unit, int) and max_rows_per_unit >= 1
+        if max_rows_per_unit is not None and not whole:
             raise InputError(
                 f"max_rows_per_unit={max_rows_per_unit!r}, wanted a whole number above 0, or None for all "
                 f"rows of a unit."
@@ -200,7 +201,7 @@ def labels_of(ids: Any, rows: int) -> list[Hashable]:
 
 def _column(dataset: Any, name: str) -> Any:
     columns = getattr(dataset, "column_names", None)
-    if isinstance(columns, list):
+    if isinstance(columns, (list, tuple)):
         if name in columns:
             return dataset[name]
     else:
@@ -232,9 +233,9 @@ def _checked(ids: Any, rows: int) -> list[Hashable]:
                 f"unit_ids has a {type(own).__name__} for row {k}, wanted numbers or texts, (rows,)."
             )
     if len(kinds) > 1:
-        found = " and ".join(f"a {kind} (row {k})" for kind, k in sorted(kinds.items()))
+        found = " and ".join(f"{kind} (row {k})" for kind, k in sorted(kinds.items()))
         raise InputError(
-            f"unit_ids has {found}, wanted ids of one type: 7 and '7' would be two units."
+            f"unit_ids has ids of {found}, wanted ids of one type: 7 and '7' would be two units."
         )
     return plain
 

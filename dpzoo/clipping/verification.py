@@ -1,10 +1,10 @@
 """The check of a backward pass against autograd, with a weight for each row.
 
 For weights w_i drawn at random, autograd's gradient of sum_i w_i loss_i is sum_i w_i G_i, where G_i is
-the gradient of row i's loss. (Where rows are clipped as one unit, they have one weight.) The recorded uses give the same sum, if every use was recorded, and if each
-was given to the row that it is of: were any part of G_i given to another row, the sums would differ, but
-for weights in a set of measure zero. So one ordinary backward pass checks both, whatever the model does,
-and it finds losses that depend on other rows' activations, too.
+the gradient of row i's loss. (Rows of one unit have one weight.) The recorded uses give the same sum, if
+every use was recorded, and if each was given to the row that it is of: were any part of G_i given to
+another row, the sums would differ, but for weights in a set of measure zero. So one ordinary backward pass
+checks both, whatever the model does, and it finds losses that depend on other rows' activations, too.
 
 It is done for the first batch of each kind, the second, the fourth, the eighth and so on: functions of the
 graph, parameters and the places of rows, not sizes. Where a place was guessed from sizes, these are part of
