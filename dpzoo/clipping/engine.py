@@ -34,6 +34,7 @@ from dpzoo.clipping.optimizer import (
     with_release,
 )
 from dpzoo.clipping.rules import rule_of
+from dpzoo.clipping.units import UnitRows, unit_loader
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
 from dpzoo.ledger import Ledger
@@ -73,7 +74,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     Guarantees:
         Each logical step adds N(0, (noise_multiplier * max_grad_norm)^2) noise, once, to a sum in
-        which a row's share has norm at most ``max_grad_norm``.
+        which a row's share has norm at most ``max_grad_norm``; with ``unit_ids``, a unit's, all its rows
+        together.
     """
 
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
@@ -97,18 +99,38 @@ class PrivacyEngine(opacus.PrivacyEngine):
         grad_sample_mode: str = "hooks",
         poisson_sampling: bool = True,
         noise_generator: torch.Generator | None = None,
+        unit_ids: Any = None,
+        max_rows_per_unit: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """As `opacus.PrivacyEngine.make_private`, with ``grad_sample_mode="bk"`` among the modes.
 
+        Args:
+            unit_ids: in mode "bk": whose each row of the loader's data set is; a sequence of ids, or the
+                name of a column. Rows with equal ids are one unit of privacy: Poisson sampling draws units,
+                the loader's batch size is of units, a unit's drawn rows are clipped as one gradient (of the
+                mean of their losses), and epsilon is for adding or removing a unit with all its rows.
+            max_rows_per_unit: of a unit with more rows a draw takes so many, chosen afresh.
+            (The others are Opacus'.)
+
         Raises:
-            InputError: the loader has a sampler that Poisson sampling would replace; a generator in
+            InputError: ids as of `dpzoo.clipping.units.UnitRows`, or in another mode, or without Poisson
+                sampling; the loader has a sampler that Poisson sampling would replace; a generator in
                 secure mode; an optimizer that evaluates the loss several times a step; ranks that draw
                 alike.
             UnsupportedModelError: a layer that learns from the batch without gradients.
         """
         refuse_optimizer(optimizer)
         refuse_learning_buffers(module)
+        data_loader = _units_of(data_loader, unit_ids, max_rows_per_unit)
+        units = data_loader.dataset if isinstance(data_loader.dataset, UnitRows) else None
+        if units is not None and (grad_sample_mode != "bk" or not poisson_sampling):
+            raise InputError(
+                f"make_private got unit_ids in grad_sample_mode={grad_sample_mode!r} with "
+                f"poisson_sampling={poisson_sampling}, wanted 'bk' and True: Opacus' modes clip each row "
+                f"by itself, so that a unit of k rows moves the sum by k C; and what is drawn are units. "
+                f"Use grad_sample_mode='bk', or leave out unit_ids: the unit is then the row."
+            )
         if self._keyed and noise_generator is not None:
             raise InputError(
                 "make_private got a noise_generator in secure mode, wanted none: whoever knows its seed "
@@ -152,7 +174,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         rows = len(loader.dataset) // batches
         ranks = getattr(private_optimizer, "world_size", 1)
         private_optimizer.expected_batch_size = rows / ranks if ranks > 1 else rows
-        draws = Draws(poisson_sampling, getattr(private_optimizer, "drop", lambda: None))
+        draws = Draws(poisson_sampling, getattr(private_optimizer, "drop", lambda: None), units)
         if hasattr(private_optimizer, "release"):
             private_optimizer.draws = draws
             private_optimizer.release.sample_rate = 1 / batches
@@ -165,7 +187,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             private_optimizer.attach_step_hook(pay)
         _watch(private, module, getattr(private_optimizer, "drop", lambda: None))
         if poisson_sampling:
-            if isinstance(loader.dataset[0], dict) or grad_sample_mode == "bk":
+            if grad_sample_mode == "bk" or isinstance(loader.dataset[0], dict):
                 prime_empty_batches(loader)
             count_draws(loader, draws)
             _refuse_equal_ranks(private_optimizer)
@@ -192,6 +214,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             raise InputError(
                 f"The data set has {len(loader.dataset)} row, wanted at least 2: no batch hides one row."
             )
+        if loader is not None:  # the noise follows from how many units a batch has, of how many
+            ids = kwargs.pop("unit_ids", None), kwargs.pop("max_rows_per_unit", None)
+            kwargs["data_loader"] = _units_of(loader, *ids)
         return super().make_private_with_epsilon(**kwargs)
 
     def get_epsilon(self, delta: float) -> float:
@@ -394,6 +419,24 @@ def _watch(private: Any, module: nn.Module, dropped: Any) -> None:
         remove_hooks()
 
     private.remove_hooks = removed
+
+
+def _units_of(loader: DataLoader[Any], unit_ids: Any, most: int | None) -> DataLoader[Any]:
+    """The loader as it is, or one of units."""
+    if unit_ids is None:
+        if most is not None:
+            raise InputError(
+                f"max_rows_per_unit={most} came without unit_ids, wanted both or none."
+            )
+        return loader
+    if isinstance(loader.dataset, UnitRows) or type(loader.batch_sampler) is not BatchSampler:
+        raise InputError(
+            f"make_private got unit_ids and a loader with a {type(loader.batch_sampler).__name__} of "
+            f"{type(loader.dataset).__name__}, wanted the ordinary loader, of rows, as it was before any "
+            f"make_private: batch_size=B, and no sampler of its own."
+        )
+    _refuse_sampler(loader)
+    return unit_loader(loader, unit_ids, most)
 
 
 def _check_delta(name: str, delta: Any) -> None:

@@ -193,7 +193,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             inputs: the model's, (rows, ...) each.
 
         Returns:
-            (norms, clip factors or None for several), (rows,) each, and how many rows were left out
+            (norms, clip factors or None for several), (units,) each, and how many units were left out
             because their gradient is not finite.
 
         Raises:
@@ -223,7 +223,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         total = (
             torch.stack([v.to(device) for v in squared.values()]).sum(0)
             if squared
-            else torch.zeros(book.rows, device=device)
+            else torch.zeros(book.units.count, device=device)
         )
         factors = self.clip_factors(squared, total.sqrt())
         finite = total.isfinite()
@@ -250,11 +250,11 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
     def clip_factors(
         self, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
     ) -> dict[torch.Tensor | None, torch.Tensor]:
-        """The factor of each row, (rows,), under None; or of each row and parameter ("per_layer").
+        """The factor of each unit, (units,), under None; or of each unit and parameter ("per_layer").
 
         Args:
-            squared: parameter -> squared norms of the rows, (rows,).
-            norms: norms of the rows over all parameters, (rows,).
+            squared: parameter -> squared norms of the units, (units,).
+            norms: norms of the units over all parameters, (units,).
         """
         self._clipped_at = max(self._clipped_at, self.max_grad_norm)
         return self.rule.factors(self.max_grad_norm, squared, norms)

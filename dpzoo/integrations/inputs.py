@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from dpzoo.clipping.units import UnitRows
 from dpzoo.conversion import convert
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
@@ -52,11 +53,11 @@ def per_sample(model: Any, mode: str) -> nn.Module:
 
 
 def length_of(dataset: Any, logical: int) -> int:
-    """Rows of a training set.
+    """Rows of a training set, or units.
 
     Args:
-        dataset: the rows.
-        logical: the expected rows of a batch.
+        dataset: the rows, or the units.
+        logical: the expected number of them in a batch.
 
     Raises:
         InputError: a data set without a length, or with fewer rows than a batch.
@@ -67,9 +68,10 @@ def length_of(dataset: Any, logical: int) -> int:
             f"length, and rows by index: Poisson sampling chooses among all of them."
         )
     if len(dataset) < logical:
+        what = "units" if isinstance(dataset, UnitRows) else "rows"
         raise InputError(
             f"DPTrainer got a logical batch (per_device_train_batch_size * "
-            f"gradient_accumulation_steps) of {logical} rows for {len(dataset)} training rows, wanted "
+            f"gradient_accumulation_steps) of {logical} {what} for {len(dataset)} training {what}, wanted "
             f"at most as many. Lower gradient_accumulation_steps."
         )
     return len(dataset)

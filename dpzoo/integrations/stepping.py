@@ -36,8 +36,8 @@ class PrivateStep:
         optimizer: a torch optimizer of (some of) its parameters.
         privacy: the run's.
         noise_multiplier: the run's.
-        rows: of the training data.
-        logical: the expected rows of a batch.
+        rows: of the training data; or units.
+        logical: the expected rows, or units, of a batch.
         device: the model's.
 
     Raises:
@@ -80,11 +80,11 @@ class PrivateStep:
         if privacy.noise_seed is not None:
             self.release.noise = NoiseSource.insecure(privacy.noise_seed)
 
-    def begin(self, rows: int) -> None:
-        """A step on a draw of so many rows begins: forget the last step's gradients."""
+    def begin(self, rows: int, units: dict[int, int] | None = None) -> None:
+        """A step on a draw begins, of arguments as `Draw`: forget the last step's gradients."""
         self.optimizer.zero_grad()
         self.optimizer.draws.restart()
-        self.optimizer.draws.begin(rows)
+        self.optimizer.draws.begin(rows, units)
 
     def end_part(self, *, last: bool) -> None:
         """Add up a part's clipped sum, after its backward pass; the last one's is left to the step."""
