@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
-from dpzoo.clipping.graph import refuse_unseen
+from dpzoo.clipping.graph import Enter, refuse_unseen
 from dpzoo.clipping.meetings import meet
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
-from dpzoo.clipping.recorder import Enter, Recorder, run_backward
+from dpzoo.clipping.recorder import Recorder, run_backward
 from dpzoo.clipping.units import Units
 from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
