@@ -327,7 +327,7 @@ class AlbertForMaskedLM(AlbertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `AlbertModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
-        return heads.predict_masked(
+        return heads.masked_lm(
             self,
             self.predictions,
             labels,
@@ -363,7 +363,7 @@ class AlbertForSequenceClassification(AlbertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `AlbertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.classify_sequence(
+        return heads.sequence_classification(
             self,
             self._project,
             labels,

@@ -230,7 +230,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     def per_sample_gradient_norms(self) -> torch.Tensor:
         """Norms of the last backward pass's units, (units,), as they came. NOT private: for debugging."""
         if self._norms is None:
-            # Not an AttributeError: torch would put words of its own in the place of these.
+            # Not an AttributeError: torch would replace these words by its own.
             raise InputError(
                 "per_sample_gradient_norms is not set. Call backward() on the criterion's loss first."
             )
