@@ -20,7 +20,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all matrix bench lint format build clean
+.PHONY: help install demo test test-slow test-all matrix bench docs lint format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ matrix: $(STAMP)  ## run the tests with the oldest and the newest versions, and 
 
 bench: $(STAMP)  ## measure private steps against non-private ones (a quarter of an hour; keep the machine idle)
 	$(BIN)/dpzoo bench roberta-base --layers 4 --batch 8 --seq 128
+
+docs: $(STAMP)  ## build the documentation into build/site, strictly: a broken link or a page without a place fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .
