@@ -1,6 +1,6 @@
-"""Every command line that the README shows, run as written: big models and files stand for small ones.
+"""Every command line that the README and the pages show, run as written: big models and files stand for small ones.
 
-What a command is given beyond the README is in `SMALLER`. `make` targets are run dry: the
+What a command is given beyond that is in `SMALLER`. `make` targets are run dry: the
 tests themselves are one of them, and continuous integration runs them all.
 """
 
@@ -24,15 +24,23 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-BLOCKS = [block for language, block in FENCED if not language]
-COMMANDS = [
-    re.split(r"\s+#", line)[0].strip()
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = [
+    found
+    for page in PAGES
+    for found in re.findall(
+        r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
 ]
+COMMANDS = list(
+    dict.fromkeys(
+        re.split(r"\s+#", line)[0].strip()
+        for language, block in FENCED
+        if language in ("", "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip()
+    )
+)
 
 SMALLER = {
     "bench": "--batch 2 --seq 5 --steps 1 --warmup 0 --every 2 --processes 0",
