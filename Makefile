@@ -27,7 +27,7 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make the environment, with the tested versions (the other targets do it when needed)
 
-# The stamp is the last thing written: an installation that broke off is begun again, and one that is
+# The stamp is the last thing written: an installation that broke off starts again, and one that is
 # older than the two files that describe it is brought up to date.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c '' || { echo "error: cannot run '$(PYTHON)'; name a Python 3.10 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -65,7 +65,7 @@ lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## mend what the linter can mend, and format
+format: $(STAMP)  ## fix what the linter can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

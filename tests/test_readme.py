@@ -106,7 +106,11 @@ def test_the_accuracies_are_those_of_the_page() -> None:
 
 def test_the_counts_are_those_of_the_pages() -> None:
     models = (DOCS / "models.md").read_text(encoding="utf-8")
-    (every,) = re.findall(r"^\| all \| (\d+) \| (\d+), .*?, (\d+) \| .* \| (\d+), (\d+), (\d+) \|$", models, flags=re.MULTILINE)
+    (every,) = re.findall(
+        r"^\| all \| (\d+) \| (\d+), .*?, (\d+) \| .* \| (\d+), (\d+), (\d+) \|$",
+        models,
+        flags=re.MULTILINE,
+    )
     tried, hooks, hooks_wrong, exact, refused, wrong = every
     assert f"of [{tried} architectures](docs/models.md) that run, {exact} are exact" in README
     assert f"{refused} are refused by name, none is silently wrong" in README

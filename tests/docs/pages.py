@@ -36,7 +36,14 @@ def run(page: str, code: list[str], **names: Any) -> dict[str, Any]:
 
 def hub(folder: Path) -> None:
     """Tiny checkpoints under the hub's names: transformers takes a folder of that name for the model."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a fine dull film great fun waste of time".split()]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *("a", "fine", "dull", "film", "great", "fun", "waste", "of", "time"),
+    ]
     for name, config in {
         "bert-base-uncased": transformers.BertForMaskedLM,
         "roberta-base": transformers.RobertaForMaskedLM,
@@ -44,7 +51,9 @@ def hub(folder: Path) -> None:
     }.items():
         (folder / name).mkdir(parents=True)
         family = config.config_class.model_type
-        tiny = transformers.AutoConfig.from_pretrained(ROOT / "configs/models" / f"{family}-tiny.json")
+        tiny = transformers.AutoConfig.from_pretrained(
+            ROOT / "configs/models" / f"{family}-tiny.json"
+        )
         config(tiny).save_pretrained(folder / name)
         vocabulary = {word: i for i, word in enumerate(words)}
         transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder / name)
@@ -86,7 +95,11 @@ def given(page: str) -> dict[str, Any]:
     if page == "choose":
         return {"texts": ["a fine film", "a dull film"] * 6, "labels": torch.tensor([1, 0] * 6)}
     if page == "zoo":
-        return {**objects(dpzoo.convert(stock())), "dpzoo": dpzoo, "stock_model": stock("GPT2LMHeadModel")}
+        return {
+            **objects(dpzoo.convert(stock())),
+            "dpzoo": dpzoo,
+            "stock_model": stock("GPT2LMHeadModel"),
+        }
     if page == "audit":
         model = dpzoo.convert(stock())
         private, optimizer, criterion, loader = (engine := dpzoo.PrivacyEngine()).make_private(

@@ -71,9 +71,15 @@ def test_what_a_migration_ends_with_trains(index: int) -> None:
     diff = blocks("migrate", "diff")[index]
     model = stock()
     before = {name: value.clone() for name, value in model.named_parameters()}
-    names = run("migrate", [after(diff)], **{**objects(model), "loader": DataLoader(rows(40), batch_size=10)})
+    names = run(
+        "migrate",
+        [after(diff)],
+        **{**objects(model), "loader": DataLoader(rows(40), batch_size=10)},
+    )
     assert 0 < names["engine"].get_epsilon(1e-3) <= 8
-    assert [name for name, value in model.named_parameters() if torch.equal(value, before[name])] == []
+    assert [
+        name for name, value in model.named_parameters() if torch.equal(value, before[name])
+    ] == []
 
 
 def test_what_a_migration_begins_with_is_python() -> None:
@@ -88,7 +94,11 @@ def test_what_a_migration_begins_with_is_python() -> None:
 def navigated(entry: Any) -> list[str]:
     if isinstance(entry, str):
         return [entry]
-    return [page for part in (entry if isinstance(entry, list) else entry.values()) for page in navigated(part)]
+    return [
+        page
+        for part in (entry if isinstance(entry, list) else entry.values())
+        for page in navigated(part)
+    ]
 
 
 def test_every_page_has_a_place_and_every_place_a_page() -> None:
@@ -100,7 +110,9 @@ def test_every_page_has_a_place_and_every_place_a_page() -> None:
 
 def test_the_links_between_pages_lead_somewhere() -> None:
     for path in DOCS.rglob("*.md"):
-        for target in re.findall(r"\]\(([^)#\s]+\.(?:md|png|py))(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        for target in re.findall(
+            r"\]\(([^)#\s]+\.(?:md|png|py))(?:#[^)]*)?\)", path.read_text(encoding="utf-8")
+        ):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path}: {target}"
 
@@ -113,8 +125,12 @@ def test_the_api_pages_name_what_there_is() -> None:
         if line.startswith("::: ")
     ]
     models = {name for name in dpzoo.__all__ if isinstance(getattr(dpzoo, name), type)}
-    models = {name for name in models if issubclass(getattr(dpzoo, name), transformers.PreTrainedModel)}
-    errors = {name for name in dpzoo.__all__ if name.endswith("Error") and name != "AuditFailedError"}
+    models = {
+        name for name in models if issubclass(getattr(dpzoo, name), transformers.PreTrainedModel)
+    }
+    errors = {
+        name for name in dpzoo.__all__ if name.endswith("Error") and name != "AuditFailedError"
+    }
     assert {f"dpzoo.{name}" for name in set(dpzoo.__all__) - models - errors} <= set(named)
 
 

@@ -63,7 +63,9 @@ def test_torch_says_so(heading: str) -> None:
         TORCH[heading]()
 
 
-@pytest.mark.parametrize("heading", [h for h in headings(FOREIGN) if h not in {**TORCH, **SEEN_ELSEWHERE}])
+@pytest.mark.parametrize(
+    "heading", [h for h in headings(FOREIGN) if h not in {**TORCH, **SEEN_ELSEWHERE}]
+)
 def test_opacus_or_torch_says_so(heading: str) -> None:
     folders = [Path(opacus.__file__).parent, Path(torch.__file__).parent / "nn" / "utils"]
     assert any(heading in source(folder) for folder in folders)
