@@ -40,7 +40,9 @@ SIZES: dict[str, Any] = {
 
 def load() -> ModuleType:
     """The file, as ``import albert`` gives it where its folder is on the path."""
-    spec = importlib.util.spec_from_file_location("albert", ROOT / "examples" / "support" / "albert.py")
+    spec = importlib.util.spec_from_file_location(
+        "albert", ROOT / "examples" / "support" / "albert.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -65,7 +65,12 @@ def nothing_was_left_out(names: dict[str, Any]) -> None:
     assert [each.skipped for each in names["stock_report"].results if each.skipped] == []
 
 
-CHECKS = {"audit": nothing_was_left_out, "start": trained_and_saved, "your-model": lost_nothing, "zoo": ways_in_and_out}
+CHECKS = {
+    "audit": nothing_was_left_out,
+    "start": trained_and_saved,
+    "your-model": lost_nothing,
+    "zoo": ways_in_and_out,
+}
 """What is left when a page's blocks have run."""
 
 

@@ -24,7 +24,9 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     for cell in cells("code"):
         code = "".join(cell["source"])
-        code = code.replace("ROWS, EPOCHS, DELTA = 2000, 10, 1e-4", "ROWS, EPOCHS, DELTA = 60, 2, 1e-2")
+        code = code.replace(
+            "ROWS, EPOCHS, DELTA = 2000, 10, 1e-4", "ROWS, EPOCHS, DELTA = 60, 2, 1e-2"
+        )
         code = code.replace("[0.5, 1.0, 2.0, 4.0, 8.0]", "[2.0, 8.0]")
         exec(compile(code, NOTEBOOK.name, "exec"), names)
     assert names["ROWS"] == 60
