@@ -17,9 +17,6 @@ from torch.utils.data import DataLoader
 import dpzoo
 from tests.docs.pages import DOCS, PAGES, ROOT, after, blocks, given, hub, objects, rows, run, stock
 
-OWN_TEST = {"adding-a-family": "tests/docs/test_adding_a_family.py"}
-"""Pages whose blocks another test runs."""
-
 
 @pytest.fixture(autouse=True)
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,9 +27,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._ACCOUNTANTS, "prv", RDPAccountant)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python") and page not in OWN_TEST]
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_blocks_of_a_page_run(page: str) -> None:
     names = run(page, blocks(page, "python"), **given(page))
     check: Callable[[dict[str, Any]], None] = CHECKS.get(page, lambda names: None)

@@ -16,6 +16,7 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from dpzoo.cli import main
+from tests.docs.pages import PAGES
 from tests.examples.test_sst2_study import TINY as STUDY
 from tests.examples.tiny import SMALL
 
@@ -25,10 +26,10 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
 FENCED = [
     found
-    for page in PAGES
+    for page in FILES
     for found in re.findall(
         r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
     )
