@@ -59,6 +59,7 @@ from dpzoo.models.roberta import (
 )
 from dpzoo.pretrained import from_config, from_pretrained
 from dpzoo.registry import list_models
+from dpzoo.training import Recipe, train
 
 __version__ = "0.1.0"
 
@@ -92,6 +93,7 @@ __all__ = [
     "InputError",
     "ModelLoss",
     "PrivacyEngine",
+    "Recipe",
     "RobertaForCausalLM",
     "RobertaForMaskedLM",
     "RobertaForMultipleChoice",
@@ -109,4 +111,5 @@ __all__ = [
     "list_models",
     "prime_empty_batches",
     "to_transformers",
+    "train",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``dpzoo list | convert | audit | bench``.
+"""The command line: ``dpzoo list | convert | audit | bench | train``.
 
 Each command is a module with ``add_parser(commands)``, which describes it and sets ``run``, and
 ``run(options)``, which returns the exit status.
@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dpzoo.cli import audit, bench, convert
+from dpzoo.cli import audit, bench, convert, train
 from dpzoo.cli import list as list_  # within this file, `list` is the module, not the type
 from dpzoo.errors import DpzooError
 
-COMMANDS = (list_, convert, audit, bench)
+COMMANDS = (list_, train, convert, audit, bench)
 
 EPILOG = """\
 exit status:
@@ -29,6 +29,7 @@ what goes where:
 
 examples:
   dpzoo list                                      what dpzoo has
+  dpzoo train reviews.tsv --epsilon 3             a private model of a file of texts
   dpzoo convert bert-base-uncased bert-base       any checkpoint to a verified safetensors one
   dpzoo audit bert-base --task sequence-classification
   dpzoo bench bert-base --modes ghost,bk          what privacy costs in time and memory

@@ -18,6 +18,7 @@ from dpzoo.ledger import Ledger
 
 if TYPE_CHECKING:
     from dpzoo.clipping.book import Book
+    from dpzoo.clipping.statistics import Statistics
 
 CLIPPINGS = ("flat", "per_layer", "automatic")
 
@@ -166,6 +167,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         self.sums: dict[torch.Tensor, torch.Tensor] = {}
         self._trained: frozenset[int] = frozenset()  # the parameters of the present sums
         self._clipped_at = 0.0  # the largest norm that a row of the present sums may have
+        self.statistics: Statistics | None = None
+        """Is shown rows' norms and sums before there is noise in them: not private."""
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -235,6 +238,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         )
         factors = self.clip_factors(squared, total.sqrt())
         finite = total.isfinite()
+        if self.statistics is not None:
+            self.statistics.see_rows(squared, total.sqrt(), self.max_grad_norm)
         kept = None if bool(finite.all()) else finite
         for parameter in squared:
             weights = factors[parameter if parameter in factors else None].to(parameter.device)
@@ -253,6 +258,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         for parameter in self.sums:
             setattr(parameter, "summed_grad", None)  # noqa: B010
         self.sums.clear()
+        if self.statistics is not None:
+            self.statistics.begin()
         self._trained, self._clipped_at = frozenset(), 0.0
 
     def clip_factors(
@@ -332,6 +339,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         clipped_at = max(self._clipped_at, self.max_grad_norm)
         std = self.gradient_noise_multiplier * clipped_at
         scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
+        if self.statistics is not None:
+            self.statistics.see_sums(grads, std)
         self._noise_in_place(grads, std, scale)
         self._forget()
         for parameter, grad in zip(self.params, grads, strict=True):
