@@ -9,6 +9,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
+from dpzoo.errors import InputError
 from dpzoo.training import Recipe, train
 from dpzoo.training.data import TASKS
 from dpzoo.training.recipe import TRAINABLE
@@ -87,6 +88,10 @@ def run(options: argparse.Namespace) -> int:
     """Train, and tell on standard output."""
     import transformers
 
+    try:
+        import dpzoo.integrations  # noqa: F401
+    except ImportError as error:  # without accelerate
+        raise InputError(str(error)) from None
     given = {
         f.name: v for f in fields(Recipe) if (v := getattr(options, f.name)) not in (None, False)
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from dpzoo.integrations.plan import rounded_up
 from dpzoo.integrations.state import STATE_NAME
 
 CARD_NAME = "README.md"
@@ -80,7 +81,8 @@ class PrivacyCard:
     def statement(self) -> str:
         """The guarantee in one line."""
         return (
-            f"epsilon {self.epsilon:.3g} at delta {self.delta:.3g} ({self.accountant}): {self.steps} steps "
+            f"epsilon {rounded_up(self.epsilon)} at delta {rounded_up(self.delta)} ({self.accountant}): "
+            f"{self.steps} steps "
             f"with noise multiplier {self.noise_multiplier:.4g}, clipping norm {self.clipping_norm:g} "
             f"({self.clipping}), sample rate {self.sample_rate:.4g} of {self.rows} rows; for "
             f"{self.neighbours}; the unit is {self.unit}"
@@ -89,12 +91,12 @@ class PrivacyCard:
     def to_markdown(self) -> str:
         """The section of README.md."""
         private = math.isfinite(self.epsilon) and self.steps > 0
-        epsilon = f"**{self.epsilon:.3g}**" if private else "none"
+        epsilon = f"**{rounded_up(self.epsilon)}**" if private else "none"
         rows = {
             "Unit of privacy": self.unit,
             "Neighbouring data sets": self.neighbours,
             "Epsilon": epsilon,
-            "Delta": f"{self.delta:.3g} (1 / rows is {1 / max(self.rows, 1):.3g})",
+            "Delta": f"{rounded_up(self.delta)} (1 / rows is {1 / max(self.rows, 1):.3g})",
             "Accountant": f"{self.accountant} (Opacus)",
             "Noise multiplier": f"{self.noise_multiplier:.6g} (standard deviation, in units of C)",
             "Clipping norm C": f"{self.clipping_norm:g}, {self.clipping} clipping of each row's gradient",

@@ -97,8 +97,8 @@ class Plan:
             "rows": f"{self.rows:,}, each in a step with probability {self.sample_rate:.4g}",
             "batch": f"{self.logical:,} rows on average, {self.physical} in memory at a time",
             "steps": f"{self.steps:,}",
-            "privacy": f"epsilon {self.epsilon:.3g} at delta {self.delta:.3g} ({self.accountant}), add or "
-            f"remove one row",
+            "privacy": f"epsilon {rounded_up(self.epsilon)} at delta {rounded_up(self.delta)} "
+            f"({self.accountant}), add or remove one row",
             "noise": f"multiplier {self.noise_multiplier:.4g}, clipping norm {self.clipping_norm:g}",
             "trained": f"{self.trained:,} parameters, learning rate {self.learning_rate:g}",
             "signal": f"at most {self.step_signal:.3g} times the noise in a step, {self.signal:.3g} in all",
@@ -109,6 +109,16 @@ class Plan:
             lines["memory"] = f"about {self.memory / 2**30:.1f} GiB"
         text = "\n".join(f"{name:<9} {value}" for name, value in lines.items())
         return text + "".join(f"\nwarning   {warning}" for warning in self.warnings)
+
+
+def rounded_up(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, not below itself: epsilon and delta are upper bounds."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    near = round(value / unit)
+    whole = near if math.isclose(near * unit, value, rel_tol=1e-9) else math.ceil(value / unit)
+    return f"{whole * unit:.{digits}g}"
 
 
 def duration(seconds: float) -> str:

@@ -249,7 +249,11 @@ def _label_column(columns: dict[str, list[Any]], text: str | None, *, needed: bo
 
 
 def _text_column(columns: dict[str, list[Any]], taken: str | None) -> str:
-    texts = [n for n, v in columns.items() if n != taken and all(isinstance(x, str) for x in v)]
+    texts = [
+        name
+        for name, values in columns.items()
+        if name != taken and {type(value) for value in values} - {type(None)} == {str}
+    ]
     named = [name for name in texts if name.lower() in TEXTS]
     if len(named) == 1:
         return named[0]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from opacus.accountants.utils import get_noise_multiplier
 
 from dpzoo.errors import InputError
 from dpzoo.training.data import CLASSIFICATION, LANGUAGE_MODELLING
@@ -192,20 +189,6 @@ def logical_batch(defaults: Defaults, rows: int, given: int | None) -> int:
     return min(rows, given or max(1, min(defaults.batch, math.ceil(rows * defaults.share))))
 
 
-@functools.lru_cache
-def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The least noise multiplier that keeps epsilon, by the PRV accountant."""
-    return float(
-        get_noise_multiplier(
-            target_epsilon=epsilon,
-            target_delta=delta,
-            sample_rate=rate,
-            steps=steps,
-            accountant="prv",
-        )
-    )
-
-
 def choose(
     task: str, rows: int, parameters: int, epsilon: float, delta: float, scratch: bool
 ) -> tuple[str, str]:
@@ -218,12 +201,14 @@ def choose(
         epsilon, delta: of the run.
         scratch: whether the model begins from random weights.
     """
+    from dpzoo.integrations.accounting import noise_for  # brings transformers' Trainer along
+
     if scratch:
         return "all", "the model begins from random weights"
     defaults = DEFAULTS[task, "all"]
     batch = logical_batch(defaults, rows, None)
     steps = math.ceil(rows / batch) * math.ceil(defaults.epochs)
-    noise = noise_for(epsilon, delta, batch / rows, steps)
+    noise = noise_for("prv", epsilon, delta, batch / rows, steps)
     signal = batch * math.sqrt(steps) / (noise * math.sqrt(parameters))
     says = (
         f"of all {parameters:,} parameters, {rows:,} rows at epsilon {epsilon:g} would give a signal of "

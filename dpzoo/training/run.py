@@ -29,7 +29,7 @@ from transformers import (
 from dpzoo import heads
 from dpzoo.errors import InputError
 from dpzoo.integrations import DPTrainer, Plan, PrivacyArguments, PrivacyCard, StatisticsCallback
-from dpzoo.integrations.accounting import epsilon_of
+from dpzoo.integrations.accounting import epsilon_of, noise_for
 from dpzoo.integrations.inputs import per_sample
 from dpzoo.integrations.plan import cost_of, duration, fixed_bytes
 from dpzoo.training.data import (
@@ -41,7 +41,7 @@ from dpzoo.training.data import (
     texts_of,
 )
 from dpzoo.training.models import load, make_trainable, model_name
-from dpzoo.training.recipe import DEFAULTS, MAX_LENGTH, Recipe, choose, logical_batch, noise_for
+from dpzoo.training.recipe import DEFAULTS, MAX_LENGTH, Recipe, choose, logical_batch
 
 log = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ class _Head:
             physical=job.rows,
             steps=steps,
             sample_rate=1 / batches,
-            noise_multiplier=noise_for(job.recipe.epsilon, job.delta, 1 / batches, steps),
+            noise_multiplier=noise_for("prv", job.recipe.epsilon, job.delta, 1 / batches, steps),
             clipping_norm=job.clipping_norm,
             epsilon=job.recipe.epsilon,
             delta=job.delta,
@@ -420,6 +420,7 @@ class _Gradients:
             logging_steps=max(1, steps // _LOGS),
             report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
             disable_tqdm=True,
+            dataloader_pin_memory=_DEVICE == "cuda",
             seed=recipe.seed,
         )
         trainer = DPTrainer(
