@@ -21,6 +21,10 @@ sample rate, delta, signal against noise, time and memory. --dry-run stops there
 OUT is a stock checkpoint with a privacy card (README.md, privacy.json); it may be published. OUT.run has
 checkpoints, losses and the keys of the noise, and may not.
 
+exit status:
+  0  the model was saved; or, with --dry-run, planned
+  2  it could not run: the file, its columns, the model, an option; nothing was released
+
 examples:
   dpzoo train reviews.tsv --epsilon 3                    a classifier; the label's column is found
   dpzoo train reviews.tsv --epsilon 3 --dry-run          only the plan

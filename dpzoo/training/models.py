@@ -30,6 +30,13 @@ def model_name(given: str | None, task: Task) -> str:
     return WHEEL if classify and _wheel() else HUB_DEFAULT[classify]
 
 
+def hub_id(name: str) -> str | None:
+    """The id under which the hub has a model; None for a folder or a model from scratch."""
+    if name == WHEEL:
+        return HUB_DEFAULT[True]
+    return None if name.endswith(".json") or Path(name).exists() else name
+
+
 def _wheel() -> Path | None:
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     places = spec.submodule_search_locations if spec else None

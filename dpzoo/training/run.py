@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from dpzoo.training.data import (
     read_table,
     texts_of,
 )
-from dpzoo.training.models import load, make_trainable, model_name
+from dpzoo.training.models import hub_id, load, make_trainable, model_name
 from dpzoo.training.recipe import DEFAULTS, MAX_LENGTH, Recipe, choose, logical_batch
 
 log = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ def train(
     out = Path(recipe.out)
     model.save_pretrained(out)
     job.tokenizer.save_pretrained(out)
-    base = None if os.path.exists(job.name) or job.scratch else job.name
-    card.write(out, base_model=base, pipeline_tag=job.pipeline)
+    card.write(out, base_model=hub_id(job.name), pipeline_tag=job.pipeline)
     say(f"\nprivacy   {card.statement()}")
     for name, value in metrics.items():
         say(f"held out  {name} {value:.4g} (not covered by epsilon)")
@@ -179,7 +178,11 @@ class _Job:
             raise InputError(
                 f"{recipe.data} has too few rows to hold some out. Give eval (--eval)."
             )
-        self.classes = class_indices(self.train_rows, task) if task.label else []
+        both = self.train_rows, self.heldout
+        self.classes, self.heldout_classes = (
+            class_indices(rows, task) if task.label else [] for rows in both
+        )
+        texts_of(self.heldout, task.text)  # is there, or an error before anything is spent
         say(f"split     {self.rows:,} rows to train on, {len(self.heldout):,} held out")
         if task.label:
             how = "given" if recipe.labels else "as they occur: their set counts as public"
@@ -204,7 +207,10 @@ class _Job:
         self.tuned = f"dpzoo's defaults; chosen on: {self.defaults.source}" + (
             f". Set by hand: {', '.join(by_hand)}" if by_hand else ""
         )
-        limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        limit = min(
+            getattr(self.model.config, "max_position_embeddings", None) or 10**9,
+            self.tokenizer.model_max_length,
+        )
         self.epochs = recipe.epochs or self.defaults.epochs
         self.batch = logical_batch(self.defaults, self.rows, recipe.batch_size)
         self.rate = recipe.learning_rate or self.defaults.learning_rate
@@ -226,10 +232,10 @@ class _Job:
         """Metrics on the held-out rows."""
         return self._route.score(model)
 
-    def majority(self, labels: Sequence[int]) -> float:
+    def majority(self) -> float:
         """Accuracy of always saying the training rows' most frequent class."""
         most = Counter(self.classes).most_common(1)[0][0]
-        return sum(label == most for label in labels) / len(labels)
+        return self.heldout_classes.count(most) / len(self.heldout_classes)
 
 
 _TUNABLE = ("epochs", "batch_size", "learning_rate", "clipping_norm", "max_length", "trainable")
@@ -281,7 +287,7 @@ class _Head:
         steps = math.ceil(job.epochs) * batches
         _, layer = heads.output_layer(job.model)
         trained = sum(p.numel() for p in layer.parameters())
-        return Plan(
+        self.planned = Plan(
             rows=job.rows,
             logical=logical,
             physical=job.rows,
@@ -297,6 +303,7 @@ class _Head:
             seconds=reading * (job.rows + len(job.heldout)) + 2e-9 * trained * job.rows * steps,
             memory=fixed_bytes(job.model) + 12.0 * layer.in_features * job.rows,
         )
+        return self.planned
 
     def _read(self, texts: list[str], progress: Any = None) -> torch.Tensor:
         job = self.job
@@ -305,12 +312,8 @@ class _Head:
         )
 
     def train(self, resume: bool) -> tuple[PrivacyCard, Any]:
-        job = self.job
-        if resume:
-            raise InputError(
-                "A head is trained in one go, and a killed run of it has released nothing."
-            )
-        plan, began, told = self.plan(), time.monotonic(), [0.0]
+        job, plan = self.job, self.planned  # nothing to resume: a head is trained in one go
+        began, told = time.monotonic(), [0.0]
 
         def read(done: int, total: int) -> None:
             spent = time.monotonic() - began
@@ -358,11 +361,11 @@ class _Head:
         return card, job.model
 
     def score(self, model: Any) -> dict[str, float]:
-        labels = class_indices(self.job.heldout, self.job.task)
+        labels = self.job.heldout_classes
         values = self._read(texts_of(self.job.heldout, self.job.task.text))
         guesses = heads.output_layer(model)[1](values.to(_DEVICE)).argmax(1).tolist()
         right = sum(a == b for a, b in zip(guesses, labels, strict=True)) / len(labels)
-        return {"accuracy": right, "accuracy of always one class": self.job.majority(labels)}
+        return {"accuracy": right, "accuracy of always one class": self.job.majority()}
 
 
 # --- gradients of the model ---------------------------------------------------------------------
@@ -491,10 +494,9 @@ class _Gradients:
 
     def score(self, model: Any) -> dict[str, float]:
         if self.job.task.label:
-            labels = class_indices(self.job.heldout, self.job.task)
             return {
                 "accuracy": self.metrics["eval_accuracy"],
-                "accuracy of always one class": self.job.majority(labels),
+                "accuracy of always one class": self.job.majority(),
             }
         assert self.before is not None
         return {"loss": self.metrics["eval_loss"], "loss before training": self.before}
