@@ -317,8 +317,8 @@ class _Head:
 
         def read(done: int, total: int) -> None:
             spent = time.monotonic() - began
-            if spent - told[0] > 10:
-                told[0] = spent
+            if spent > 10 and done / total >= told[0] + 0.1:
+                told[0] = done / total
                 job.say(
                     f"reading   {done / total:.0%}, {duration(spent * (total / done - 1))} left"
                 )

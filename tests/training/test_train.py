@@ -48,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
 QUICK = {"epochs": 1, "batch_size": 16, "epsilon": 3.0}  # one search for the noise, five steps
 
 
-def recipe(folder: Path, model: str = "gpt2", **options: Any) -> dict[str, Any]:
-    settings = {"data": str(folder / "rows.jsonl"), "model": str(folder / f"{model}.json")}
+def recipe(folder: Path, config: str = "gpt2", **options: Any) -> dict[str, Any]:
+    settings = {"data": str(folder / "rows.jsonl"), "model": str(folder / f"{config}.json")}
     return {**settings, "out": str(folder / "out"), **QUICK, **options}
 
 
@@ -131,7 +131,9 @@ def test_a_language_model_of_prompts_and_answers(folder: Path) -> None:
 
 
 def test_labels_are_those_of_the_answer(folder: Path) -> None:
-    (folder / "pairs.csv").write_text("prompt,completion\nab,cde\n" + "x,y\n" * 30)
+    (folder / "pairs.csv").write_text(
+        "prompt,completion\nab,cde\n" + "".join(f"x{i},y{i}\n" for i in range(40))
+    )
     job = module._Job(
         Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), [], lambda line: None
     )
@@ -174,7 +176,7 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(dpzoo.InputError, match=r"that was not finished \(checkpoint-2\)"):
         dpzoo.train(told)
     with pytest.raises(
-        dpzoo.InputError, match=r"resumed with {'epochs': 9}, and .* {'epochs': 2.*}"
+        dpzoo.InputError, match=r"resumed with {'epochs': 9.0}, and .* {'epochs': 2.0}"
     ):
         dpzoo.train({**told, "epochs": 9}, resume=True)
     run = dpzoo.train({"data": told["data"], "out": told["out"]}, resume=True)
