@@ -14,15 +14,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.errors import InputError
-
-if TYPE_CHECKING:
-    from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
 Record = dict[str, Any]
 
@@ -50,7 +48,7 @@ class Statistics:
     """
 
     def __init__(self, model: nn.Module, optimizer: BookKeepingOptimizer) -> None:
-        if not hasattr(optimizer, "statistics"):
+        if not isinstance(optimizer, BookKeepingOptimizer):
             raise InputError(
                 f"Statistics got a {type(optimizer).__name__}, wanted the private optimizer of "
                 f"grad_sample_mode='bk': no other sees every row's norms."

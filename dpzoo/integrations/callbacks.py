@@ -41,7 +41,7 @@ class StatisticsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Watch the private optimizer."""
         optimizer = given["optimizer"]
-        while not hasattr(optimizer, "statistics") and hasattr(optimizer, "optimizer"):
+        while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # accelerate's wrapper
         self._statistics = Statistics(given["model"], optimizer)
         folder = Path(self._folder or args.output_dir)

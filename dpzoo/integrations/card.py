@@ -43,10 +43,10 @@ class PrivacyCard:
         delta: of the guarantee.
         accountant: "prv" or "rdp", of Opacus.
         noise_multiplier: sigma: the noise's standard deviation in units of C.
-        clipping_norm: C, the norm that a row's gradient is clipped to.
-        sample_rate: chance of a row to be in a step.
+        clipping_norm: C, the norm that a unit's gradient is clipped to.
+        sample_rate: chance of a unit to be in a step.
         steps: steps taken.
-        rows: of the training data.
+        units: of the training data: rows, if the unit is one.
         trained: what was trained.
         clipping: "flat" or "automatic".
         unit: what is protected.
@@ -63,7 +63,7 @@ class PrivacyCard:
     clipping_norm: float
     sample_rate: float
     steps: int
-    rows: int
+    units: int
     trained: str
     clipping: str = "flat"
     unit: str = "one row of the training data"
@@ -84,7 +84,7 @@ class PrivacyCard:
             f"epsilon {rounded_up(self.epsilon)} at delta {rounded_up(self.delta)} ({self.accountant}): "
             f"{self.steps} steps "
             f"with noise multiplier {self.noise_multiplier:.4g}, clipping norm {self.clipping_norm:g} "
-            f"({self.clipping}), sample rate {self.sample_rate:.4g} of {self.rows} rows; for "
+            f"({self.clipping}), sample rate {self.sample_rate:.4g} of {self.units} units; for "
             f"{self.neighbours}; the unit is {self.unit}"
         )
 
@@ -96,13 +96,13 @@ class PrivacyCard:
             "Unit of privacy": self.unit,
             "Neighbouring data sets": self.neighbours,
             "Epsilon": epsilon,
-            "Delta": f"{rounded_up(self.delta)} (1 / rows is {1 / max(self.rows, 1):.3g})",
+            "Delta": f"{rounded_up(self.delta)} (1 / units is {1 / max(self.units, 1):.3g})",
             "Accountant": f"{self.accountant} (Opacus)",
             "Noise multiplier": f"{self.noise_multiplier:.6g} (standard deviation, in units of C)",
-            "Clipping norm C": f"{self.clipping_norm:g}, {self.clipping} clipping of each row's gradient",
+            "Clipping norm C": f"{self.clipping_norm:g}, {self.clipping} clipping of each unit's gradient",
             "Sampling": f"Poisson, rate {self.sample_rate:.6g}",
             "Steps": f"{self.steps}",
-            "Rows": f"{self.rows} (counted as public)",
+            "Units": f"{self.units} (counted as public)",
             "Trained": self.trained,
             "What was tuned on what": self.tuned or "not stated",
             "Versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
@@ -117,8 +117,8 @@ class PrivacyCard:
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         covered = (
             "The guarantee does not cover losses and metrics on private rows, choices made by looking at "
-            "such rows (hyper-parameters, the best of several checkpoints), the number of rows and the set "
-            "of classes, other models trained on the same rows (their epsilons add up), or the data of the "
+            "such rows (hyper-parameters, the best of several checkpoints), the number of units and the "
+            "set of classes, other models trained on the same rows (their epsilons add up), or the data of the "
             "pretrained model."
         )
         notes = "".join(f"\n- {note}" for note in self.notes)

@@ -27,10 +27,11 @@ class Plan:
     """A private run before it begins.
 
     Args:
-        rows: of the training data.
-        logical, physical: rows of a logical batch, expected, and rows in memory at a time, at most.
+        units: of the training data.
+        unit: "row", or the name of the column that says whose a row is.
+        logical, physical: units of a logical batch, expected, and rows in memory at a time, at most.
         steps: logical steps, each noised once.
-        sample_rate: chance of a row to be in a step.
+        sample_rate: chance of a unit to be in a step.
         noise_multiplier: sigma.
         clipping_norm: C.
         epsilon: at the end of the run, at ``delta``.
@@ -44,7 +45,8 @@ class Plan:
         warnings: what a person should know before starting.
     """
 
-    rows: int
+    units: int
+    unit: str
     logical: int
     physical: int
     steps: int
@@ -94,11 +96,11 @@ class Plan:
 
     def __str__(self) -> str:
         lines = {
-            "rows": f"{self.rows:,}, each in a step with probability {self.sample_rate:.4g}",
-            "batch": f"{self.logical:,} rows on average, {self.physical} in memory at a time",
+            "units": f"{self.units:,} (a {self.unit}), each in a step with chance {self.sample_rate:.4g}",
+            "batch": f"{self.logical:,} units on average, {self.physical:,} rows in memory at a time",
             "steps": f"{self.steps:,}",
             "privacy": f"epsilon {rounded_up(self.epsilon)} at delta {rounded_up(self.delta)} "
-            f"({self.accountant}), add or remove one row",
+            f"({self.accountant}), add or remove one {self.unit}",
             "noise": f"multiplier {self.noise_multiplier:.4g}, clipping norm {self.clipping_norm:g}",
             "trained": f"{self.trained:,} parameters, learning rate {self.learning_rate:g}",
             "signal": f"at most {self.step_signal:.3g} times the noise in a step, {self.signal:.3g} in all",

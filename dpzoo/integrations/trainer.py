@@ -30,10 +30,18 @@ from transformers.trainer_utils import (
 )
 
 from dpzoo.clipping import PrivacyEngine
+from dpzoo.clipping.units import UnitRows
 from dpzoo.errors import InputError
 from dpzoo.integrations.accounting import Account, epsilon_of
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
-from dpzoo.integrations.batches import LogicalBatches, PoissonBatches, batch_key, identity, seeded
+from dpzoo.integrations.batches import (
+    LogicalBatches,
+    PoissonBatches,
+    Without,
+    batch_key,
+    identity,
+    seeded,
+)
 from dpzoo.integrations.card import UNPUBLISHED, PrivacyCard, publishable
 from dpzoo.integrations.inputs import base_of, length_of, per_sample
 from dpzoo.integrations.plan import Plan, cost_of, fixed_bytes
@@ -68,7 +76,9 @@ class DPTrainer(Trainer):
         args: the `transformers.TrainingArguments`; ``trainer.args`` is a copy with the logical batch in
             the place of the physical one.
         data_collator: as Trainer's.
-        train_dataset: a data set with a length, whose rows are the unit of privacy.
+        train_dataset: a data set with a length, whose rows are the unit of privacy; or, with
+            ``PrivacyArguments.unit_column``, the users, documents or households whose rows they are. The
+            batch sizes are then of units (logical) and of rows (in memory).
         *positional: Trainer's further arguments, by position.
         privacy: the `PrivacyArguments`.
         **options: Trainer's further arguments. ``compute_loss_func`` has to return losses of shape
@@ -80,8 +90,9 @@ class DPTrainer(Trainer):
 
     Guarantees:
         The weights after all steps, together, satisfy (``epsilon``, ``delta``) differential privacy for
-        adding or removing a row of ``train_dataset``, by the accountant's count. What Trainer logs of
-        training rows (the loss) is not private, and neither is a choice made by private evaluation rows.
+        adding or removing a row (a unit, with all its rows) of ``train_dataset``, by the accountant's
+        count. What Trainer logs of training rows (the loss) is not private, and neither is a choice made
+        by private evaluation rows.
     """
 
     optimizer: Any
@@ -123,8 +134,19 @@ class DPTrainer(Trainer):
         return per_sample(super().call_model_init(trial), self.privacy.grad_sample_mode)
 
     def _count(self, dataset: Any, args: TrainingArguments) -> None:
-        """Take the terms of the account from the number of rows."""
-        logical = args.per_device_train_batch_size
+        """Take the terms of the account from the number of rows, or of units."""
+        logical, column = args.per_device_train_batch_size, self.privacy.unit_column
+        if column is not None:
+            dataset = UnitRows(dataset, column, self.privacy.max_rows_per_unit)
+            largest = max(range(len(dataset)), key=dataset.size)
+            if dataset.size(largest) > self._physical_rows:
+                raise InputError(
+                    f"A unit of {column!r} has {dataset.size(largest)} rows, and "
+                    f"per_device_train_batch_size={self._physical_rows} rows are in memory at a time, "
+                    f"wanted all its drawn rows in one part: they are clipped as one. Set "
+                    f"max_rows_per_unit={self._physical_rows}, or raise per_device_train_batch_size."
+                )
+        self._drawn_from = dataset
         self._rows = length_of(dataset, logical)
         self._account.delta = self.privacy.delta(self._rows)
         self._account.sample_rate = logical / self._rows
@@ -174,9 +196,8 @@ class DPTrainer(Trainer):
         assert self.delta is not None
         seconds = memory = None
         if measure:
-            first = list(range(min(4, self._physical_rows, self._rows)))
-            collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-            batch = LogicalBatches(self.train_dataset, collate, len(first), 0).__getitems__(
+            first = list(range(min(4, self._physical_rows, len(self.train_dataset))))
+            batch = LogicalBatches(self.train_dataset, self._collate(), len(first), 0).__getitems__(
                 [0, *first]
             )
             cost = cost_of(self.model, self._prepare_inputs(batch["parts"][0]), len(first))
@@ -185,7 +206,8 @@ class DPTrainer(Trainer):
         adam = "adam" in str(args.optim).lower() and self._given == (None, None)
         share = 0.5 if str(getattr(args.lr_scheduler_type, "value", "")) == "linear" else 1.0
         return Plan(
-            rows=self._rows,
+            units=self._rows,
+            unit="row" if self.privacy.unit_column is None else f"{self.privacy.unit_column!r}",
             logical=args.per_device_train_batch_size,
             physical=self._physical_rows,
             steps=steps,
@@ -229,7 +251,10 @@ class DPTrainer(Trainer):
             clipping=privacy.clipping,
             sample_rate=self._account.sample_rate or 0.0,
             steps=self._account.begun,
-            rows=self._rows,
+            units=self._rows,
+            unit="one row of the training data"
+            if privacy.unit_column is None
+            else f"all rows of the training data of one {privacy.unit_column!r}",
             trained=f"{trained:,} of {sum(p.numel() for p in self.model.parameters()):,} parameters",
             tuned=privacy.tuned,
             notes=tuple(notes),
@@ -334,7 +359,8 @@ class DPTrainer(Trainer):
         """Everything that a step depends on, but for weights and data, as JSON has it."""
         trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
         more = {
-            "rows of train_dataset": self._rows,
+            "rows of train_dataset": len(self.train_dataset),
+            "units of train_dataset": self._rows,
             "rows of a physical batch": self._physical_rows,
             "class of the model": type(self.model).__name__,
             "trained parameters": [len(trained), sum(trained)],
@@ -365,9 +391,10 @@ class DPTrainer(Trainer):
         release.run = self._account.run
         release.watched_by(self._account.ledger)
         log.info(
-            "Private training: the unit is a row of train_dataset (%d rows, adding or removing one); "
+            "Private training: the unit is %s of train_dataset (%d units, adding or removing one); "
             "epsilon %s at delta %.3g after %d steps, by %s; noise multiplier %.4g, clipping norm %g, "
             "expected batch %d, sample rate %.4g.",
+            "a row" if self.privacy.unit_column is None else f"a {self.privacy.unit_column!r}",
             self._rows,
             self.privacy.target_epsilon or f"{self._planned_epsilon(max_steps):.3f}",
             self.delta,
@@ -406,8 +433,9 @@ class DPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Logical batches: Poisson samples, each in collated parts."""
         args = self.args
-        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-        batches = LogicalBatches(self.train_dataset, collate, self._physical_rows, self._batch_key)
+        batches = LogicalBatches(
+            self._drawn_from, self._collate(), self._physical_rows, self._batch_key
+        )
         sampler = PoissonBatches(
             self._rows,
             args.per_device_train_batch_size / self._rows,
@@ -424,6 +452,11 @@ class DPTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def _collate(self) -> Any:
+        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        column = self.privacy.unit_column
+        return collate if column is None else Without(column, collate)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As Trainer's, of a logical batch."""
@@ -459,7 +492,7 @@ class DPTrainer(Trainer):
         self._account.begin_step(number + 1)
         model.train()
         total, rows = torch.zeros((), device=self.args.device), 0
-        private.begin(inputs["rows"])
+        private.begin(inputs["rows"], inputs["units"])
         with seeded(self._batch_key, number, 1):  # dropout
             for i, part in enumerate(parts):
                 with self.compute_loss_context_manager():

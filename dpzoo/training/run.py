@@ -288,7 +288,8 @@ class _Head:
         _, layer = heads.output_layer(job.model)
         trained = sum(p.numel() for p in layer.parameters())
         self.planned = Plan(
-            rows=job.rows,
+            units=job.rows,
+            unit="row",
             logical=logical,
             physical=job.rows,
             steps=steps,
@@ -353,7 +354,7 @@ class _Head:
             clipping_norm=job.clipping_norm,
             sample_rate=run.sample_rate,
             steps=run.steps,
-            rows=job.rows,
+            units=job.rows,
             trained=f"the last layer, {plan.trained:,} of {job.model.num_parameters():,} parameters, on "
             f"what the frozen rest says of each row",
             tuned=job.tuned,

@@ -41,7 +41,7 @@ def test_a_saved_model_has_its_card(start: Any, tmp_path: Path) -> None:
         "noise_multiplier": trainer.noise_multiplier,
         "sample_rate": 0.5,
         "steps": 4,
-        "rows": 16,
+        "units": 16,
         "clipping_norm": 0.5,
         "clipping": "flat",
         "tuned": "rates, on public reviews",
@@ -163,7 +163,7 @@ def test_the_statement_names_all_terms() -> None:
     said = card.statement()
     for term in ("epsilon 1.24 at delta 1e-05 (prv)", "100 steps", "noise multiplier 0.9"):
         assert term in said
-    for term in ("clipping norm 0.1", "sample rate 0.02 of 5000 rows", "one row"):
+    for term in ("clipping norm 0.1", "sample rate 0.02 of 5000 units", "one row"):
         assert term in said
 
 

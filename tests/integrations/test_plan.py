@@ -34,14 +34,14 @@ def test_the_plan_is_the_run(start: Any, tmp_path: Path) -> None:
     assert plan.noise_multiplier == trainer.noise_multiplier
     assert plan.delta == trainer.delta
     assert trainer.epsilon <= plan.epsilon
-    assert (plan.rows, plan.logical, plan.physical, plan.sample_rate) == (16, 8, 4, 0.5)
+    assert (plan.units, plan.logical, plan.physical, plan.sample_rate) == (16, 8, 4, 0.5)
     trained = sum(p.numel() for p in start.parameters())
     assert plan.trained == trained
     assert plan.step_signal == pytest.approx(8 / (plan.noise_multiplier * trained**0.5))
     assert plan.signal == pytest.approx(plan.step_signal * 6**0.5)
     for part in (
         "epsilon 3 at delta 0.0625 (rdp)",
-        "8 rows on average, 4 in memory",
+        "8 units on average, 4 rows in memory",
         "steps     6",
     ):
         assert part in str(plan)

@@ -61,7 +61,7 @@ def test_a_classifier(trainable: str, folder: Path) -> None:
     run = dpzoo.train(recipe(folder, model, trainable=trainable), say=said.append)
     assert run.card is not None
     assert 2.5 < run.card.epsilon <= 3.0
-    assert run.card.delta == 1 / run.plan.rows
+    assert run.card.delta == 1 / run.plan.units
     assert run.card.steps == run.plan.steps
     assert run.card.noise_multiplier == pytest.approx(run.plan.noise_multiplier)
     assert run.metrics is not None
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         dpzoo.train({**told, "epochs": 9}, resume=True)
     run = dpzoo.train({"data": told["data"], "out": told["out"]}, resume=True)
     assert run.card is not None
-    assert run.card.steps == run.plan.steps == 2 * -(-run.plan.rows // 16)
+    assert run.card.steps == run.plan.steps == 2 * -(-run.plan.units // 16)
     assert run.card.epsilon <= 3.0  # the step that was done again is the same one
     assert "Set by hand: epochs, batch_size, trainable" in str(run.card.tuned)
     with pytest.raises(dpzoo.InputError, match=r"out is not empty. Name another with out"):
