@@ -118,8 +118,8 @@ class PrivacyCard:
         covered = (
             "The guarantee does not cover losses and metrics on private rows, choices made by looking at "
             "such rows (hyper-parameters, the best of several checkpoints), the number of units and the "
-            "set of classes, other models trained on the same rows (their epsilons add up), or the data of the "
-            "pretrained model."
+            "set of classes, other models trained on the same rows (their epsilons add up), or the data of "
+            "the pretrained model."
         )
         notes = "".join(f"\n- {note}" for note in self.notes)
         return (

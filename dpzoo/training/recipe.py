@@ -33,7 +33,8 @@ class Recipe:
         text, label, prompt: columns; see `dpzoo.training.data.Task`.
         labels: all classes, by commas; None for those that occur, which are then counted as public.
         header: whether the first line of a TSV or CSV file has the columns' names.
-        unit: not supported yet; the unit is a row.
+        unit: the column that says whose a row is: all rows of one user, say, are one unit. None: a row is.
+        max_rows_per_unit: of a unit with more rows a step takes so many; None for as many as are in memory.
         epsilon: to end with, at most.
         delta: at most 1 / training rows, which is the default.
         trainable: "head" (on the frozen model's features), "lora", "bias" (and the head) or "all".
@@ -63,6 +64,7 @@ class Recipe:
     labels: str | None = None
     header: bool | None = None
     unit: str | None = None
+    max_rows_per_unit: int | None = None
     epsilon: float = 8.0
     delta: float | None = None
     trainable: str | None = None
@@ -78,17 +80,18 @@ class Recipe:
     statistics: bool = False
 
     def __post_init__(self) -> None:
-        if self.unit is not None:
+        if self.unit is not None and self.trainable == "head":
             raise InputError(
-                f"unit={self.unit!r}: units of several rows are not supported yet, the unit is a row. Join "
-                f"the rows of one {self.unit} to one row, or keep one row of each; or leave unit out, and "
-                f"the guarantee is for one row."
+                f"trainable='head' got unit={self.unit!r}, wanted none: a head's training protects a row. "
+                f"Train lora, bias or all; or leave unit out, and the guarantee is for one row."
             )
+        if self.max_rows_per_unit is not None and self.unit is None:
+            raise InputError("max_rows_per_unit came without unit, wanted both or none.")
         if self.trainable not in (None, *TRAINABLE):
             raise InputError(f"trainable={self.trainable!r}, wanted one of {TRAINABLE}.")
         for name in (
             *("epsilon", "delta", "epochs", "batch_size", "physical_batch_size", "learning_rate"),
-            *("clipping_norm", "max_length", "lora_rank"),
+            *("clipping_norm", "max_length", "lora_rank", "max_rows_per_unit"),
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -190,16 +193,24 @@ def logical_batch(defaults: Defaults, rows: int, given: int | None) -> int:
 
 
 def choose(
-    task: str, rows: int, parameters: int, epsilon: float, delta: float, scratch: bool
+    task: str,
+    rows: int,
+    parameters: int,
+    epsilon: float,
+    delta: float,
+    *,
+    scratch: bool = False,
+    by_unit: bool = False,
 ) -> tuple[str, str]:
     """What to train, and why.
 
     Args:
         task: "classification" or "language-modelling".
-        rows: to train on.
+        rows: to train on; or units.
         parameters: of the model.
         epsilon, delta: of the run.
         scratch: whether the model begins from random weights.
+        by_unit: whether the unit is several rows, which a head's training does not know.
     """
     from dpzoo.integrations.accounting import noise_for  # brings transformers' Trainer along
 
@@ -216,6 +227,6 @@ def choose(
     )
     if signal >= ENOUGH_SIGNAL:
         return "all", says
-    if task == CLASSIFICATION and rows < FEW_ROWS:
+    if task == CLASSIFICATION and rows < FEW_ROWS and not by_unit:
         return "head", f"{says}; below {FEW_ROWS:,} rows a head does best"
     return "lora", says

@@ -172,18 +172,25 @@ class _Job:
         if recipe.eval:
             self.train_rows, self.heldout = table, read_table(recipe.eval, recipe.header)
         else:
-            self.train_rows, self.heldout = _split(table, task, recipe.heldout_share, recipe.seed)
+            self.train_rows, self.heldout = _split(table, task, recipe)
         self.rows = len(self.train_rows)
         if self.rows < 2 or not len(self.heldout):
             raise InputError(
                 f"{recipe.data} has too few rows to hold some out. Give eval (--eval)."
             )
         both = self.train_rows, self.heldout
+        self.owners = texts_of(self.train_rows, recipe.unit) if recipe.unit else None
+        self.units = len(set(self.owners)) if self.owners else self.rows
+        if recipe.unit in _INPUTS:
+            raise InputError(
+                f"unit={recipe.unit!r} is a name of the model's inputs. Rename the column."
+            )
         self.classes, self.heldout_classes = (
             class_indices(rows, task) if task.label else [] for rows in both
         )
         texts_of(self.heldout, task.text)  # is there, or an error before anything is spent
-        say(f"split     {self.rows:,} rows to train on, {len(self.heldout):,} held out")
+        whose = f" of {self.units:,} {recipe.unit!r}" if recipe.unit else ""
+        say(f"split     {self.rows:,} rows{whose} to train on, {len(self.heldout):,} held out")
         if task.label:
             how = "given" if recipe.labels else "as they occur: their set counts as public"
             say(f"classes   {', '.join(task.labels)} ({how})")
@@ -193,11 +200,17 @@ class _Job:
         count = self.model.num_parameters()
         self.delta = PrivacyArguments(
             target_epsilon=recipe.epsilon, target_delta=recipe.delta
-        ).delta(self.rows)
+        ).delta(self.units)
         trainable, why = recipe.trainable, "as told"
         if trainable is None:
             trainable, why = choose(
-                task.name, self.rows, count, recipe.epsilon, self.delta, self.scratch
+                task.name,
+                self.units,
+                count,
+                recipe.epsilon,
+                self.delta,
+                scratch=self.scratch,
+                by_unit=recipe.unit is not None,
             )
         if (task.name, trainable) not in DEFAULTS:
             raise InputError(f"trainable={trainable!r} is for classification, wanted lora or all.")
@@ -212,7 +225,7 @@ class _Job:
             self.tokenizer.model_max_length,
         )
         self.epochs = recipe.epochs or self.defaults.epochs
-        self.batch = logical_batch(self.defaults, self.rows, recipe.batch_size)
+        self.batch = logical_batch(self.defaults, self.units, recipe.batch_size)
         self.rate = recipe.learning_rate or self.defaults.learning_rate
         self.clipping_norm = recipe.clipping_norm or self.defaults.clipping_norm
         self.length = min(recipe.max_length or MAX_LENGTH[task.name], int(limit))
@@ -238,21 +251,23 @@ class _Job:
         return self.heldout_classes.count(most) / len(self.heldout_classes)
 
 
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 _TUNABLE = ("epochs", "batch_size", "learning_rate", "clipping_norm", "max_length", "trainable")
 
 
-def _split(table: Table, task: Task, share: float, seed: int) -> tuple[Table, Table]:
-    """Training and held-out rows, by a hash of each row's own content.
+def _split(table: Table, task: Task, recipe: Recipe) -> tuple[Table, Table]:
+    """Training and held-out rows, by a hash of each row's own content, or of its unit.
 
-    A row added or removed moves no other one, and equal rows are on one side.
+    A row added or removed moves no other one, and equal rows are on one side; so is a unit.
     """
-    columns = [texts_of(table, name) for name in (task.prompt, task.text, task.label) if name]
+    names = (recipe.unit,) if recipe.unit else (task.prompt, task.text, task.label)
+    columns = [texts_of(table, name) for name in names if name]
     held = []
     for cells in zip(*columns, strict=True):
         digest = hashlib.blake2b(
-            "\0".join(cells).encode(), digest_size=8, key=str(seed).encode()
+            "\0".join(cells).encode(), digest_size=8, key=str(recipe.seed).encode()
         ).digest()
-        held.append(int.from_bytes(digest, "big") < share * 2**64)
+        held.append(int.from_bytes(digest, "big") < recipe.heldout_share * 2**64)
     parts = [
         {
             name: [v for v, h in zip(values, held, strict=True) if h is wanted]
@@ -380,6 +395,9 @@ class _Gradients:
         model = make_trainable(job.model, job.trainable, job.task, job.recipe.lora_rank)
         self.model: Any = per_sample(model, "bk")
         self.encoded = _encode(job, job.train_rows)
+        if job.owners:
+            for row, owner in zip(self.encoded, job.owners, strict=True):
+                row[str(job.recipe.unit)] = owner
         collate: Any = (
             DataCollatorWithPadding if job.task.label else DataCollatorForTokenClassification
         )
@@ -401,7 +419,7 @@ class _Gradients:
         )
         # A logical batch is a whole number of physical ones.
         parts = max(1, round(job.batch / physical))
-        physical = min(physical, max(1, job.rows // parts))
+        physical = min(physical, max(1, job.units // parts))
         self.physical, self.parts = physical, parts
         tokens = sum(len(row["input_ids"]) for row in self.encoded) / job.rows
         self.seconds = self.cost.seconds * tokens / job.length
@@ -409,7 +427,9 @@ class _Gradients:
     def _trainer(self, folder: Path | str) -> DPTrainer:
         recipe, job = self.job.recipe, self.job
         logical = self.physical * self.parts
-        steps = math.ceil(job.epochs * math.ceil(job.rows / logical))
+        steps = math.ceil(job.epochs * math.ceil(job.units / logical))
+        largest = max(Counter(job.owners).values()) if job.owners else 1
+        most = recipe.max_rows_per_unit or (self.physical if largest > self.physical else None)
         args = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=self.physical,
@@ -440,6 +460,8 @@ class _Gradients:
                 clipping_norm=job.clipping_norm,
                 clipping=job.defaults.clipping,
                 tuned=job.tuned,
+                unit_column=recipe.unit,
+                max_rows_per_unit=most,
             ),
             callbacks=[_Told(job.say, Path(folder) / LOG_NAME)],
             compute_metrics=_accuracy if job.task.label else None,
@@ -452,11 +474,12 @@ class _Gradients:
         return trainer
 
     def plan(self) -> Plan:
+        job = self.job
         with tempfile.TemporaryDirectory() as folder:
             plan = self._trainer(folder).plan()
         return replace(
             plan,
-            seconds=self.seconds * plan.logical * plan.steps,
+            seconds=self.seconds * plan.logical * plan.steps * job.rows / job.units,
             memory=fixed_bytes(self.model) + self.cost.bytes * self.physical,
         )
 

@@ -191,7 +191,9 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"unit": "user"}, "unit='user': units of several rows are not supported yet"),
+        ({"unit": "user"}, "There is no column 'user'; there are"),
+        ({"unit": "text", "trainable": "head"}, "trainable='head' got unit='text', wanted none"),
+        ({"max_rows_per_unit": 2}, "max_rows_per_unit came without unit, wanted both or none"),
         ({"trainable": "some"}, "trainable='some', wanted one of"),
         ({"epsilon": 0.0}, "epsilon=0.0, wanted a number above 0"),
         ({"heldout_share": 0.9}, "heldout_share=0.9, wanted above 0, at most 0.5"),
@@ -205,6 +207,25 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_settings_that_do_not_fit(options: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(dpzoo.InputError, match=message):
         dpzoo.train(recipe(folder, **options))
+
+
+def test_the_unit_may_be_whose_a_row_is(folder: Path) -> None:
+    rows = [
+        {"text": f"{'good' if i % 2 else 'bad'} {i}", "label": "np"[i % 2], "user": f"u{i % 40}"}
+        for i in range(160)
+    ]
+    (folder / "owned.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = recipe(folder, data=str(folder / "owned.jsonl"), unit="user", label="label", text="text")
+    said: list[str] = []
+    run = dpzoo.train({**told, "trainable": "bias", "max_rows_per_unit": 3}, say=said.append)
+    assert run.card is not None
+    assert 20 < run.card.units < 40
+    assert run.card.delta == 1 / run.card.units
+    assert run.card.unit == "all rows of the training data of one 'user'"
+    assert run.plan.units == run.card.units
+    split = next(line for line in said if line.startswith("split"))
+    held_out = int(split.split(", ")[1].split()[0])
+    assert held_out == 4 * (40 - run.card.units)  # whole users
 
 
 def test_an_encoder_is_no_language_model(folder: Path) -> None:
