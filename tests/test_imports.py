@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("registry",),
     ("catalogue", "conversion", "pretrained"),
     ("auditing", "bench", "families", "integrations", "parity"),
+    ("training",),
     ("",),  # dpzoo/__init__.py
     ("cli",),
 )
