@@ -130,7 +130,7 @@ class Draws:
                 "Give make_private(unit_ids=...) the ids of all rows of the data set."
             )
         drawn = self._drawn[0].units if self._drawn else None
-        if drawn is None:
+        if drawn is None or (self._handed or 0) > 1:  # `take` refuses the second
             return Units(range(rows))
         left = dict(drawn) if self._left is None else self._left
         if ids is None:
