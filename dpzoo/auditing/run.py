@@ -18,7 +18,7 @@ from dpzoo.auditing.exactness import exactness, parity, split
 from dpzoo.auditing.freshness import freshness
 from dpzoo.auditing.isolation import isolation
 from dpzoo.auditing.noise import noise
-from dpzoo.auditing.opacus_modes import MODES, first_line
+from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
 from dpzoo.auditing.row_losses import Loss
@@ -26,6 +26,7 @@ from dpzoo.auditing.sensitivity import sensitivity
 from dpzoo.auditing.statelessness import statelessness
 from dpzoo.auditing.subject import CannotRunError, Subject
 from dpzoo.errors import InputError
+from dpzoo.modes import MODES
 
 Check = Callable[[Subject, Record], None]
 
@@ -89,7 +90,7 @@ def audit(
         The model is bit-equal afterwards: parameters, buffers, gradients, hooks, attributes of
         parameters, train flags; so are torch's, numpy's and Python's random states.
     """
-    modes = _known("modes", modes, MODES)
+    modes = _known("modes", modes, tuple(MODES))
     names = _known("checks", CHECKS if checks is None else checks, tuple(CHECKS))
     _refuse(model, max_grad_norm)
     if unit_ids is not None and "bk" not in modes:

@@ -21,6 +21,7 @@ from dpzoo.auditing.opacus_modes import ModeRun, OpacusMode, first_line
 from dpzoo.auditing.row_losses import Loss, RowLoss
 from dpzoo.clipping.units import labels_of
 from dpzoo.errors import InputError
+from dpzoo.modes import MODES
 
 
 class CannotRunError(Exception):
@@ -245,7 +246,7 @@ class Subject:
         run = self.mode_run(mode)
         if run.error:
             return f"{mode} raises"
-        values = run.norms if mode == "ghost" else run.rows
+        values = run.values
         if values.keys() != self.parameters.keys():
             return f"{mode} lacks parameters"
         if any(len(value) != self.rows for value in values.values()):
@@ -259,7 +260,7 @@ class Subject:
             return {
                 mode
                 for mode in self.modes
-                if mode != "ghost"
+                if MODES[mode].rows
                 and not self.broken(mode)
                 and not disagreements(self.mode_run(mode).rows, self.oracle, self.tolerance)
             }

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from dpzoo.auditing import CHECKS, audit
-from dpzoo.auditing.opacus_modes import MODES
 from dpzoo.cli.output import progress
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import DpzooError, InputError
 from dpzoo.example_batch import ROWS, example_batch
+from dpzoo.modes import MODES
 from dpzoo.pretrained import from_pretrained
 from dpzoo.registry import CLASSES
 

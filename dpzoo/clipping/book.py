@@ -295,6 +295,21 @@ class Book:
             norms[parameter] = each[0] if len(each) == 1 else torch.stack(each).sum(0)
         return norms
 
+    def factors_of(
+        self, parameter: torch.Tensor, weights: torch.Tensor
+    ) -> list[tuple[GradFactors, torch.Tensor]]:
+        """A parameter's uses, each with its units' weights; none where they are of parts of it.
+
+        Args:
+            parameter: a parameter that the backward pass reached.
+            weights: (units,).
+        """
+        groups = self._uses[parameter].get(None)
+        if groups is None or len(self._uses[parameter]) > 1:
+            return []
+        split = zip(groups, self.units.split(weights), strict=True)
+        return [(use, own) for uses, own in split for use in uses.factors]
+
     def close(
         self,
         parameter: torch.Tensor,
@@ -363,11 +378,11 @@ def _added(
 ) -> torch.Tensor:
     if total is None:
         return use.add_to(None, weights).reshape(shape)
-    use.add_to(total.view(_shape(use)), weights)
+    use.add_to(total.view(shape_of(use)), weights)
     return total
 
 
-def _shape(use: GradFactors) -> tuple[int, ...]:
+def shape_of(use: GradFactors) -> tuple[int, ...]:
     """The shape of a row's gradient."""
     if isinstance(use, LinearFactors):
         return use.grads.shape[-1], use.inputs.shape[-1]
@@ -378,14 +393,14 @@ def _shape(use: GradFactors) -> tuple[int, ...]:
 
 def _alike(a: GradFactors, b: GradFactors) -> tuple[GradFactors, GradFactors]:
     """Two uses in one shape, so that they have an inner product."""
-    if _shape(a) == _shape(b):
+    if shape_of(a) == shape_of(b):
         return a, b
     if not isinstance(a, DenseGrads) and not isinstance(b, DenseGrads):
         a = DenseGrads(a.dense())
     if isinstance(a, DenseGrads):
-        return DenseGrads(a.grads.reshape(-1, *_shape(b))), b
+        return DenseGrads(a.grads.reshape(-1, *shape_of(b))), b
     assert isinstance(b, DenseGrads)
-    return a, DenseGrads(b.grads.reshape(-1, *_shape(a)))
+    return a, DenseGrads(b.grads.reshape(-1, *shape_of(a)))
 
 
 def _whole(parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:

@@ -15,18 +15,20 @@ unit. A part takes units whole.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Sampler
 
 from dpzoo.clipping.units import UnitRows, Units, labels_of
 from dpzoo.errors import InputError
 
 ONE_STEP = "One step takes the rows of one draw, each once"
+SAMPLED = 1024  # elements of a long row that stand for it
 
 
 class Draw(NamedTuple):
@@ -61,7 +63,9 @@ class Draws:
         self._taken = 0
         self._left: dict[int, int] | None = None  # of the draw's units; None: all of them
         self._seen: set[Any] = set()  # ids of the step's units, where the caller answers for them
-        self._parts: list[torch.Tensor] = []
+        self._parts: list[torch.Tensor] = []  # by which rows are seen that share memory
+        self._came: dict[int, Counter[int]] = {}  # input: its rows so far, by which copies are seen
+        self._columns: list[torch.Tensor] = []  # of the batch that was handed out last
         self._handed: int | None = None
         self._stepped = False  # in this pass
 
@@ -70,7 +74,7 @@ class Draws:
         self._drawn.clear()
         self.abandon()
         self._drop()
-        self._handed, self._stepped = None, False
+        self._handed, self._stepped, self._columns = None, False, []
 
     def end(self) -> None:
         """The pass over the loader is complete.
@@ -90,6 +94,7 @@ class Draws:
         self._taken, self._left = 0, None
         self._seen.clear()
         self._parts.clear()
+        self._came.clear()
 
     def _refuse(self, message: str) -> InputError:
         self.abandon()
@@ -100,9 +105,13 @@ class Draws:
         """A draw was made, of arguments as `Draw`; it is stepped after those before it."""
         self._drawn.append(Draw(rows, units))
 
-    def hand_out(self) -> None:
+    def hand_out(self, batch: Any) -> None:
         """The loop got the next draw's batch."""
         self._handed = (self._handed or 0) + 1
+        leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+        self._columns = [
+            x for x in leaves if isinstance(x, torch.Tensor) and x.ndim and not x.is_nested
+        ]
 
     def units(self, rows: int, ids: Any = None) -> Units:
         """The units of the rows that a backward pass brings; to be followed by `take` or `abandon`.
@@ -160,12 +169,14 @@ class Draws:
         self._left = {unit: size for unit, size in left.items() if unit not in set(labels)}
         return Units(labels)
 
-    def take(self, rows: int, part: torch.Tensor | None = None) -> None:
+    def take(self, rows: int, inputs: Sequence[torch.Tensor] = ()) -> None:
         """Rows of the draw come with a backward pass.
 
         Args:
             rows: how many, those of the loss.
-            part: the batch's first tensor, (rows, ...), by which rows that come twice are seen.
+            inputs: the model's inputs, (rows, ...) each, by which rows that come twice are seen: in the
+                first one by its memory, in all by their values (copies, and parts on another device),
+                where the batch that the loader handed out has such rows.
 
         Raises:
             InputError: they are more than the draw has left, or came before; or there is no draw.
@@ -184,7 +195,7 @@ class Draws:
                 f"{self._handed - 1} of the private loader's batches were passed over without a step, "
                 f"wanted a step for each, empty batches too: their noise must not depend on who was drawn."
             )
-        if part is not None and any(_overlap(part, other) for other in self._parts):
+        if self._came_before(inputs):
             raise self._refuse(
                 f"Rows of the draw came twice: a backward pass on rows that had one already. {ONE_STEP}: "
                 f"call backward() once for each part of a batch, and optimizer.step() before the next "
@@ -199,8 +210,23 @@ class Draws:
                 f"one for each row drawn)."
             )
         self._taken += rows
-        if part is not None:
-            self._parts.append(part.detach())
+        self._parts += [x.detach() for x in inputs[:1]]
+
+    def _came_before(self, inputs: Sequence[torch.Tensor]) -> bool:
+        if any(_overlap(x, other) for x in inputs[:1] for other in self._parts):
+            return True
+        columns = [c for c in self._columns if len(c) == self._drawn[0].rows]
+        for k, x in enumerate(inputs):
+            alike = [c for c in columns if c.dtype == x.dtype and c.shape[1:] == x.shape[1:]]
+            if not alike or any(_same(x, c) for c in alike):
+                continue
+            came = self._came.get(k, Counter()) + Counter(_digests(x))
+            # A tensor that the loop made or changed has other rows: nothing is known of it.
+            known = [c for c in map(Counter, map(_digests, alike)) if came.keys() <= c.keys()]
+            if known and not any(came <= c for c in known):
+                return True
+            self._came[k] = came
+        return False
 
     def finish(self) -> None:
         """The step is taken.
@@ -226,8 +252,7 @@ class Draws:
             )
         self._drawn.popleft()
         self._stepped = True
-        self._taken, self._left = 0, None
-        self._parts.clear()
+        self.abandon()
         if self._handed is not None:
             self._handed -= 1
 
@@ -239,6 +264,20 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
     return a.data_ptr() < b.data_ptr() + _extent(b) and b.data_ptr() < a.data_ptr() + _extent(a)
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether one tensor is the other, or a view of all of it."""
+    return (x.shape, x.stride(), x.device) == (y.shape, y.stride(), y.device) and (
+        x.data_ptr() == y.data_ptr()
+    )
+
+
+def _digests(x: torch.Tensor) -> list[int]:
+    """A number for each row, equal for equal rows."""
+    flat = x.detach().reshape(len(x), -1)
+    flat = flat[:, :: max(1, flat.shape[1] // SAMPLED)].cpu().contiguous()
+    return [hash(row.tobytes()) for row in flat.view(torch.uint8).numpy()]
 
 
 def _extent(x: torch.Tensor) -> int:
@@ -284,7 +323,7 @@ class _Counted(DataLoader[Any]):
 
         def handed() -> Iterator[Any]:
             for batch in batches:
-                draws.hand_out()
+                draws.hand_out(batch)
                 yield batch
             draws.end()
 

@@ -21,7 +21,6 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from dpzoo.clipping.adaptive import AdaptiveBookKeepingOptimizer
 from dpzoo.clipping.draws import Draws, count_draws
 from dpzoo.clipping.frozen import FrozenWatch, refuse_learning_buffers
 from dpzoo.clipping.loss import PrivateCriterion
@@ -34,10 +33,12 @@ from dpzoo.clipping.optimizer import (
     source_of,
     with_release,
 )
+from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
 from dpzoo.ledger import Ledger
+from dpzoo.opacus_internals import on_ghost_backward
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer.step()
 
     All other modes and the accountants are Opacus' own. ``clipping`` may be "flat", "per_layer",
-    "automatic" (`dpzoo.clipping.optimizer.BookKeepingOptimizer`) or "adaptive", with Opacus' arguments
-    for it (`dpzoo.clipping.adaptive.AdaptiveBookKeepingOptimizer`).
+    "automatic" or "adaptive", with Opacus' arguments for it; in mode "bk" also a rule of your own
+    (`dpzoo.clipping.rules`).
 
     In every mode:
 
@@ -192,7 +193,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             _refuse_equal_ranks(private_optimizer)
         if grad_sample_mode != "bk":
             if len(made) == 4:
-                _count_ghost_rows(made[2], draws)
+                on_ghost_backward(made[2], draws.take)
             return made
         private_criterion = PrivateCriterion(private, private_optimizer, criterion, loss_reduction)
         return private, private_optimizer, private_criterion, loader
@@ -274,15 +275,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return with_release(made, noise, counts_samples="ghost" not in grad_sample_mode)
         if isinstance(optimizer, opacus.optimizers.DPOptimizer):
             optimizer = optimizer.original_optimizer
+        kwargs["clipping"] = rule = rule_of(kwargs.get("clipping", "flat"), kwargs)
+        if distributed and rule.one_process:
+            raise InputError(
+                f"grad_sample_mode='bk' got clipping={rule.name!r} with distributed=True, wanted one of "
+                f"the two: the count of rows that were not clipped is of one process alone."
+            )
         kind: type[BookKeepingOptimizer] = BookKeepingOptimizer
-        if kwargs.get("clipping") == "adaptive":
-            if distributed:
-                raise InputError(
-                    "grad_sample_mode='bk' got clipping='adaptive' with distributed=True, wanted one of "
-                    "the two: the count of rows that were not clipped is of one process alone."
-                )
-            kind = AdaptiveBookKeepingOptimizer
-        elif distributed:
+        if distributed:
             kind = DistributedBookKeepingOptimizer
         return kind(optimizer, noise=noise, **kwargs)
 
@@ -468,25 +468,6 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
             f"False and no sampler. Weight the rows in the loss instead, or call "
             f"make_private(poisson_sampling=False) and answer for the accounting yourself."
         )
-
-
-def _count_ghost_rows(criterion: Any, draws: Draws) -> None:
-    """Have the losses of Opacus' ghost criterion tell their rows when they are backpropagated."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss: Any = super(made, self).__call__(*args, **kwargs)
-        backward = loss.backward
-
-        def counted(*given: Any, **options: Any) -> Any:
-            draws.take(len(loss.loss_per_sample))
-            return backward(*given, **options)
-
-        loss.backward = counted
-        return loss
-
-    kind = type(criterion)
-    made: Any = type(kind.__name__, (kind,), {"__call__": call})
-    criterion.__class__ = made
 
 
 def _refuse_equal_ranks(optimizer: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.graph import refuse_unseen
+from dpzoo.clipping.meetings import meet
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.recorder import Enter, Recorder, run_backward
 from dpzoo.clipping.units import Units
 from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.opacus_internals import forget_hooks
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
@@ -48,8 +48,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             )
         _refuse_model(m)
         for parameter in m.parameters():
-            parameter.__dict__.pop("_forward_counter", None)  # Opacus' hooks' own; not used here
-            parameter.__dict__.pop("grad_sample", None)
+            forget_hooks(parameter)
             setattr(parameter, "summed_grad", None)  # noqa: B010  (not an attribute of tensors)
         self.anchor = torch.zeros((), device=_device(m), requires_grad=True)
         self._book: Book | None = None
@@ -84,12 +83,12 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             return
         trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         self._names = trained
-        self._recorder = recorder = Recorder(self, rows)
-        recorder.part = next((t for t in tensors if t.ndim and len(t) == rows), None)
+        self._recorder = recorder = Recorder(self, rows, meet)
+        recorder.inputs = [t for t in tensors if t.ndim and len(t) == rows]
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        for tensor in tensors:
-            if tensor.ndim and tensor.shape[0] == rows and id(tensor) not in trained:
+        for tensor in recorder.inputs:
+            if id(tensor) not in trained:
                 recorder.mark(tensor)
         recorder.__enter__()
         recorder.on = True
@@ -168,9 +167,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             self._names = {id(p): n for n, p in named}
             units = optimizer.draws.units(len(losses), unit_ids)
             book = self._record(units.mean(losses), [p for _, p in named], units)
-            part = None if self._recorder is None else self._recorder.part
+            inputs = [] if self._recorder is None else self._recorder.inputs
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-                made = optimizer.add_rows(book, named, part)
+                made = optimizer.add_rows(book, named, inputs)
         except BaseException:
             optimizer.drop()  # nothing, rather than a part
             optimizer.draws.abandon()

@@ -19,10 +19,11 @@ from contextlib import contextmanager
 
 import torch
 
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.book import Book, shape_of
 from dpzoo.clipping.recorder import Recorder, run_backward
 from dpzoo.clipping.units import Units
 from dpzoo.errors import InputError
+from dpzoo.factors import DenseGrads, EmbeddingFactors, LinearFactors, upcast
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 """Of the difference, relative to the norms of the rows' gradients in the parameter. What the check looks
@@ -69,7 +70,7 @@ class Verification:
             grad, parameter.grad = parameter.grad, None
             assert grad is not None
             with _plain(grad):
-                self._expected[parameter] = float(grad.norm()), _sketch(grad), grad.dtype
+                self._expected[parameter] = _norm(grad), _sketch(grad), grad.dtype
 
         before = [p.grad for p in parameters]
         handles = [p.register_post_accumulate_grad_hook(note) for p in parameters]
@@ -119,9 +120,9 @@ class Verification:
                     )
                 continue
             with _plain(parameter):
-                wide = torch.promote_types(dtype, torch.float32)
-                got = book.close(parameter, self.weights.to(wide), forget=False)
-                off = float((_sketch(got) - sketch).square().mean().sqrt())
+                weights = self.weights.to(torch.promote_types(dtype, torch.float32))
+                got = _recorded(book, parameter, weights)
+                off = float((got - sketch).square().mean().sqrt())
             # Rows' gradients may cancel in the sum; its rounding goes by the norms of the rows.
             scale = max(norms[parameter], size)
             if off > tolerance * scale + rounding:
@@ -148,10 +149,43 @@ def _plain(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def _norm(grad: torch.Tensor) -> float:
+    return float((grad.coalesce().values() if grad.is_sparse else grad).norm())
+
+
 def _sketch(grad: torch.Tensor) -> torch.Tensor:
     """Random products of a gradient, (SKETCHES,), whose mean square is about its squared norm."""
-    matrix = grad.reshape(len(grad) if grad.ndim else 1, -1)
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    draws = torch.Generator().manual_seed(matrix.numel())
-    left, right = (torch.randn(SKETCHES, size, generator=draws).to(matrix) for size in matrix.shape)
-    return ((matrix @ right.t()).t() * left).sum(1).double()
+    size = len(grad) if grad.ndim else 1
+    left, right = _sides(grad, size)
+    if grad.is_sparse:  # of an embedding
+        values = upcast(grad._values())
+        return ((values @ right.t()) * left.t()[grad._indices()[0]]).double().sum(0)
+    return ((upcast(grad.reshape(size, -1)) @ right.t()).t() * left).sum(1).double()
+
+
+def _sides(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random vectors for gradients of a shape, (SKETCHES, size) and (SKETCHES, the rest)."""
+    draws = torch.Generator().manual_seed(like.numel())
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    left, right = (
+        torch.randn(SKETCHES, n, generator=draws).to(like.device, dtype)
+        for n in (size, like.numel() // max(size, 1))
+    )
+    return left, right
+
+
+def _recorded(book: Book, parameter: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same products of a recorded weighted sum; of factors without forming it, (SKETCHES,)."""
+    size = len(parameter) if parameter.ndim else 1
+    uses = book.factors_of(parameter, weights)
+    if not uses or any(isinstance(u, DenseGrads) or shape_of(u)[0] != size for u, _ in uses):
+        return _sketch(book.close(parameter, weights, forget=False))
+    left, right = _sides(parameter, size)
+    total = torch.zeros(SKETCHES, dtype=torch.float64, device=parameter.device)
+    for use, own in uses:
+        if isinstance(use, LinearFactors):
+            sides = use.grads @ left.t().to(use.grads), use.inputs @ right.t().to(use.inputs)
+        elif isinstance(use, EmbeddingFactors):
+            sides = left.t()[use.ids].to(use.grads), use.grads @ right.t().to(use.grads)
+        total += (sides[0] * sides[1] * own.view(-1, 1, 1)).double().sum((0, 1))
+    return total

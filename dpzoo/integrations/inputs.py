@@ -11,6 +11,7 @@ from dpzoo.clipping.units import UnitRows
 from dpzoo.conversion import convert
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
+from dpzoo.modes import MODES
 
 
 def base_of(model: Any) -> Any:
@@ -36,7 +37,7 @@ def per_sample(model: Any, mode: str) -> nn.Module:
     if isinstance(base, PerSampleModel):
         return model
     if base is not model:
-        if mode == "bk":
+        if MODES[mode].own:
             return model
         raise UnsupportedModelError(
             f"DPTrainer got a {type(model).__name__} around a {type(base).__name__} in "
@@ -46,7 +47,7 @@ def per_sample(model: Any, mode: str) -> nn.Module:
     try:
         return convert(model)
     except UnsupportedModelError:
-        if mode == "bk":
+        if MODES[mode].own:
             return model
         raise
 

@@ -13,6 +13,8 @@ from dpzoo.clipping import PrivacyEngine
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
+from dpzoo.modes import MODES
+from dpzoo.opacus_internals import leave_rows
 
 
 class RowLosses:
@@ -94,10 +96,9 @@ class PrivateStep:
     def nothing(self) -> None:
         """In the place of parts: the sum of no rows, to which the step adds its noise."""
         for parameter in self.optimizer.params:
-            if self._mode == "ghost":
-                parameter.grad = torch.zeros_like(parameter)
-            elif self._mode == "hooks":
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+            if not MODES[self._mode].own:
+                none = parameter.new_zeros((0, *parameter.shape))
+                leave_rows(parameter, self._mode == "ghost", none)
 
     def noise_state(self) -> dict[str, Any]:
         """What the noise of the coming steps depends on: secret."""

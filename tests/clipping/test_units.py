@@ -252,7 +252,7 @@ def test_clipped_sums(clipping: str) -> None:
         unclipped = sum(
             float(torch.cat([g.flatten() for g in u.values()]).norm()) <= 0.7 for u in units
         )
-        assert run.optimizer._halves == unclipped - len(units) / 2
+        assert run.optimizer.rule.halves == unclipped - len(units) / 2
     run.optimizer.step()
     assert not run.optimizer.sums
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dpzoo
+from dpzoo.clipping.book import Book
 from dpzoo.clipping.module import BookKeepingHooks
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
@@ -543,6 +544,40 @@ def test_look_ups_and_ties() -> None:
     torch.manual_seed(1)
     ids = torch.tensor([[1, 2, 0], [3, 3, 3], [6, 0, 0], [5, 4, 1]])
     assert_exact(Lookups().double(), {"x": ids})
+
+
+class Tables(nn.Module):
+    """Tables that are computed, a part of another, and looked up by ids that the model makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = nn.Embedding(2, DIM)
+        self.scaled, self.part = nn.Parameter(floats(11, DIM)), nn.Parameter(floats(15, DIM))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = (torch.arange(x.shape[1]) % 2).expand(x.shape)
+        tables = F.embedding(x, self.scaled * 2) + F.embedding(x, self.part[2:13], padding_idx=3)
+        return (tables * (self.types(made.clone()) + self.types(x % 2))).tanh()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_tables_of_every_kind(rows: int) -> None:
+    torch.manual_seed(1)
+    assert_exact(Tables().double(), {"x": torch.randint(0, 11, (rows, 3))})
+
+
+def test_ids_that_the_model_makes_cost_what_the_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    enter = Book.add_embedding
+
+    def watched(self: Book, z: Any, ids: torch.Tensor, *rest: Any) -> None:
+        shapes.append(tuple(ids.shape))
+        enter(self, z, ids, *rest)
+
+    monkeypatch.setattr(Book, "add_embedding", watched)
+    torch.manual_seed(1)
+    assert_exact(Tables().double(), {"x": torch.randint(0, 11, (4, 3))})
+    assert set(shapes) == {(4, 3)}
 
 
 # --- refused, by name ---------------------------------------------------------------------------------
