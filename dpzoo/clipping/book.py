@@ -295,20 +295,15 @@ class Book:
             norms[parameter] = each[0] if len(each) == 1 else torch.stack(each).sum(0)
         return norms
 
-    def factors_of(
+    def weighted_uses(
         self, parameter: torch.Tensor, weights: torch.Tensor
     ) -> list[tuple[GradFactors, torch.Tensor]]:
-        """A parameter's uses, each with its units' weights; none where they are of parts of it.
-
-        Args:
-            parameter: a parameter that the backward pass reached.
-            weights: (units,).
-        """
-        groups = self._uses[parameter].get(None)
-        if groups is None or len(self._uses[parameter]) > 1:
+        """A parameter's uses, each with the weights of its units; none where they are of parts of it."""
+        regions = self._uses[parameter]
+        if list(regions) != [None]:
             return []
-        split = zip(groups, self.units.split(weights), strict=True)
-        return [(use, own) for uses, own in split for use in uses.factors]
+        groups = zip(regions[None], self.units.split(weights), strict=True)
+        return [(use, own) for uses, own in groups for use in uses.factors]
 
     def close(
         self,

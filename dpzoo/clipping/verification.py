@@ -177,7 +177,7 @@ def _sides(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _recorded(book: Book, parameter: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The same products of a recorded weighted sum; of factors without forming it, (SKETCHES,)."""
     size = len(parameter) if parameter.ndim else 1
-    uses = book.factors_of(parameter, weights)
+    uses = book.weighted_uses(parameter, weights)
     if not uses or any(isinstance(u, DenseGrads) or shape_of(u)[0] != size for u, _ in uses):
         return _sketch(book.close(parameter, weights, forget=False))
     left, right = _sides(parameter, size)
