@@ -491,6 +491,19 @@ def test_rows_in_another_order_need_their_ids() -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["shuffled", "a part that begins in a unit"])
+def test_rows_that_the_loop_moves_are_refused(how: str) -> None:
+    """Without ids it is their order that says whose they are."""
+    run = Run()
+    x, y = several(run)
+    first = owners(x).count(owners(x)[0])
+    part = torch.arange(len(x)).roll(1) if how == "shuffled" else torch.arange(1, first + 1)
+    with pytest.raises(InputError, match="not in the order in which the loader has them"):
+        run.backward(x[part], y[part])
+    assert not run.optimizer.sums
+    run.backward(x.clone(), y)
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
