@@ -171,11 +171,24 @@ from transformers import (
 from opacus.grad_sample import GradSampleModule
 before = set(sys.modules)
 start = time.process_time()
-import dpzoo
+from dpzoo import *
 seconds = time.process_time() - start
 import dpzoo.cli
+dpzoo.cli.parser()
 print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
 """
+
+
+def test_every_public_name_is_there() -> None:
+    code = "import dpzoo\nassert set(dpzoo.__all__) <= set(dir(dpzoo))\n"
+    code += (
+        "print(*(n for n in dpzoo.__all__ if getattr(dpzoo, n).__class__.__name__ == 'module'))\n"
+    )
+    code += "print(dpzoo.layers.attention.attend.__name__, hasattr(dpzoo, 'nothing'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.split() == ["attend", "False"]
 
 
 def test_an_import_brings_nothing_along_and_is_quick() -> None:
