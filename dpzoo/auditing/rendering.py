@@ -40,6 +40,14 @@ def summary(result: CheckResult) -> str:
     return "; ".join(counts)
 
 
+def largest(result: CheckResult) -> str:
+    """The largest errors that a check measured."""
+    return ", ".join(
+        f"{value:.4f} C" if unit == "C" else f"{value:.1e} {unit}"
+        for unit, value in result.largest.items()
+    )
+
+
 def details(finding: Finding) -> list[str]:
     """A finding as lines, the message first."""
     lines = [str(finding)]
@@ -60,8 +68,10 @@ def details(finding: Finding) -> list[str]:
 def _plain(report: AuditReport) -> str:
     lines = [_head(report), *(f"  ({remark})" for remark in report.remarks), ""]
     width = max((len(result.name) for result in report.results), default=0)
+    wide = max((len(largest(result)) for result in report.results), default=0)
     for result in report.results:
-        lines.append(f"  {result.name:<{width}}  {result.status:<7}  {summary(result)}".rstrip())
+        cells = f"  {result.name:<{width}}  {result.status:<7}  {largest(result):<{wide}}"
+        lines.append(f"{cells}  {summary(result)}".rstrip())
     for number, finding in enumerate(report.findings, 1):
         first, *rest = details(finding)
         lines += ["", *textwrap.wrap(f"{number}. {first}", 100, subsequent_indent="   ")]
@@ -81,10 +91,11 @@ def _rich(report: AuditReport) -> str:
     for remark in report.remarks:
         console.print(Text(f"({remark})"))
     table = Table()
-    for title in ("check", "result", "seconds", "what"):
+    for title in ("check", "result", "seconds", "largest error", "what"):
         table.add_column(title, justify="right" if title == "seconds" else "left")
     for result in report.results:
-        row = (result.name, result.status, f"{result.seconds:.1f}", summary(result))
+        seconds = f"{result.seconds:.1f}"
+        row = (result.name, result.status, seconds, largest(result), summary(result))
         table.add_row(*map(Text, row))
     console.print(table)
     if report.findings:

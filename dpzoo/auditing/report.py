@@ -1,6 +1,7 @@
 """What an audit says: findings, one result for each check, and the report that holds them."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -13,8 +14,12 @@ SEVERITIES: tuple[Severity, ...] = ("privacy", "crash", "utility", "note")
 """Gravest first.
 
 privacy: the guarantee does not hold, though nothing raises. crash: training stops. utility: private,
-but not the training that was meant. note: worth knowing, and no reason to stop.
+but not the training that was meant (gradients that are not the rows', weights that do not move). note:
+worth knowing, and no reason to stop.
 """
+
+FAILURES = SEVERITIES[:3]
+"""What fails an audit; see `AuditReport.ok`."""
 
 
 class AuditFailedError(DpzooError):
@@ -67,6 +72,8 @@ class CheckResult:
         skipped: why it could not run, or could not in some mode; empty where it ran in full.
         ran: whether any part of it ran.
         seconds: its wall-clock time.
+        largest: the largest error that it measured, by unit: "relative" to the gradient's largest entry,
+            "C" for what a row moves the clipped sum by, in clipping norms (1 is what it may), ...
     """
 
     name: str
@@ -75,11 +82,12 @@ class CheckResult:
     skipped: str = ""
     ran: bool = True
     seconds: float = 0.0
+    largest: dict[str, float] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
         """``failed``, ``passed`` (perhaps with notes) or ``skipped``."""
-        if any(finding.severity != "note" for finding in self.findings):
+        if any(finding.severity in FAILURES for finding in self.findings):
             return "failed"
         return "passed" if self.ran else "skipped"
 
@@ -140,9 +148,18 @@ class AuditReport:
         return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
     @property
+    def failures(self) -> list[Finding]:
+        """The findings that fail the audit, gravest first: those of privacy, crash and utility."""
+        return [finding for finding in self.findings if finding.severity in FAILURES]
+
+    @property
     def ok(self) -> bool:
-        """Whether nothing graver than a note was found."""
-        return all(finding.severity == "note" for finding in self.findings)
+        """The verdict: some check ran, and none found anything graver than a note.
+
+        It is the only one: `raise_if_failed` raises, and ``dpzoo audit`` exits with 1, exactly where it is
+        False. Utility findings count: what is trained would not be what was meant.
+        """
+        return not self.failures and any(result.ran for result in self.results)
 
     def __iter__(self) -> Iterator[CheckResult]:
         return iter(self.results)
@@ -153,18 +170,22 @@ class AuditReport:
                 return result
         raise KeyError(f"{check!r}; checks that ran: {', '.join(r.name for r in self.results)}")
 
-    def raise_if_failed(self, *, severities: tuple[Severity, ...] = SEVERITIES[:3]) -> None:
-        """Raise if there is a finding of one of the severities.
+    def raise_if_failed(self) -> None:
+        """Raise where `ok` is False.
 
         Raises:
-            AuditFailedError: with the findings in its message and the report as ``report``.
+            AuditFailedError: with the failures in its message and the report as ``report``.
         """
-        failures = [f for f in self.findings if f.severity in severities]
-        if failures:
-            lines = "\n".join(f"- {finding} {finding.remedy}".rstrip() for finding in failures)
-            raise AuditFailedError(
-                f"The audit of {self.model} failed in {len(failures)} place(s):\n{lines}", self
-            )
+        if self.ok:
+            return
+        lines = "\n".join(f"- {finding} {finding.remedy}".rstrip() for finding in self.failures)
+        count = len(self.failures)
+        why = (
+            f"failed in {count} place(s):\n{lines}"
+            if count
+            else "proved nothing: no check could run"
+        )
+        raise AuditFailedError(f"The audit of {self.model} {why}", self)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: dicts, lists, strings and numbers."""
@@ -180,7 +201,13 @@ class AuditReport:
             "checks": checks,
             "shapes": [asdict(row) for row in self.shapes],
         }
-        plain: dict[str, Any] = json.loads(json.dumps(data))  # tuples become lists
+        # Tuples become lists; what is no number, which JSON does not have, becomes text.
+        for check in checks:
+            check["largest"] = {
+                unit: value if math.isfinite(value) else str(value)
+                for unit, value in check["largest"].items()
+            }
+        plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
         return plain
 
     def to_json(self, indent: int | None = 2) -> str:

@@ -60,6 +60,7 @@ def sensitivity(subject: Subject, record: Record) -> None:
                 continue
             worst[mode] = max(worst[mode], _worst(more, less, title, subject.max_grad_norm))
     for mode, (ratio, title, clip) in worst.items():
+        record.measure(ratio, "C")
         if ratio > 1 + SLACK:
             record.find(
                 "privacy",

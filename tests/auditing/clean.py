@@ -184,7 +184,7 @@ CLEAN: dict[str, Callable[[], tuple[nn.Module, Any, dict[str, Any]]]] = {
     "DPLSTM": lambda: (LSTM(), (ids(4, 6),), {"modes": ("hooks",)}),
     "DPGRU": lambda: (LSTM(DPGRU), (ids(4, 6),), {"modes": ("hooks",)}),
     "block with DPMultiheadAttention": lambda: (Block(), (ids(4, 6),), {}),
-    "bag of words": lambda: (BagOfWords(), (distinct_ids(),), {}),
+    "bag of words": lambda: (BagOfWords(), (distinct_ids(),), {"modes": ("hooks", "ghost")}),
     "Siamese": lambda: (
         Siamese(),
         (torch.randn(X), torch.randn(X)),
