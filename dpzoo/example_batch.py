@@ -39,7 +39,8 @@ def batch_of(model: Any, texts: dict[str, torch.Tensor] | None = None) -> dict[s
     if texts is not None and (image or int(texts["input_ids"].max()) >= (words or 0)):
         raise InputError(
             f"The tokenizer gives token ids up to {int(texts['input_ids'].max())}, and "
-            f"{type(stock).__name__} takes {'images' if image else f'ids below {words}'}. Wanted the model's own tokenizer."
+            f"{type(stock).__name__} takes {'images' if image else f'ids below {words}'}. Wanted the "
+            f"model's own tokenizer."
         )
     for (_, own), cls in CLASSES.items():
         if isinstance(stock, cls):

@@ -67,13 +67,13 @@ class Subject:
         self.dtype = torch.float64
         self.given_batch = self.batch  # in the user's dtype
         self.model = self._in_double()
+        self.tolerance = TOLERANCE[self.dtype]
         self.whole = given.take(range(min(given.rows, MOST_WHOLE))).to(self.dtype)
         """The batch as given, up to `MOST_WHOLE` rows, in the audit's dtype."""
         self.quick = quick
         self.random = self._hold_draws()
         """Why two runs of the model differ, though what it draws is held fixed; empty where they do not."""
         self.batch.targets = self.whole.targets = self._targets()
-        self.tolerance = TOLERANCE[self.dtype]
         self._mode_runs: dict[str, ModeRun] = {}
         self._opacus: dict[str, OpacusMode] = {}
 

@@ -26,7 +26,7 @@ from dpzoo.errors import DpzooError, InputError, UnsupportedModelError
 from dpzoo.example_batch import ROWS, batch_of
 from dpzoo.models.base import PerSampleModel
 from dpzoo.pretrained import from_pretrained
-from dpzoo.registry import FAMILIES, class_by_name
+from dpzoo.registry import FAMILIES, class_by_name, list_models
 
 LONGEST = 32
 
@@ -229,7 +229,7 @@ def _is_ours(config: PreTrainedConfig, task: str | None) -> bool:
     if config.model_type not in FAMILIES:
         return False
     if task is not None:
-        return task in FAMILIES[config.model_type] or task not in AUTO
+        return task in list_models()[config.model_type] or task not in AUTO
     try:
         class_by_name((config.architectures or [""])[0])
     except UnsupportedModelError:
