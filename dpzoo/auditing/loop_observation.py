@@ -9,13 +9,14 @@ from torch import nn
 
 from dpzoo.auditing.record import Record
 
-BATCHES = 2
+STEPS = 2
+MOST_BATCHES = 8
 
 
 def observe(
     module: nn.Module, loop: Any, step: Callable[[Any], Any], scheduler: Any, record: Record
 ) -> None:
-    """Run a loop's body on two batches and report what it does to the gradients.
+    """Run a loop's body on batches until it took two steps, and report what it does to the gradients.
 
     Args:
         module: the model beneath the wrapper.
@@ -60,11 +61,11 @@ def observe(
     optimizer.pre_step = watched
     try:
         for number, batch in enumerate(loop.loader):
-            if number == BATCHES:
+            if seen.steps >= STEPS or number == MOST_BATCHES:
                 break
+            seen.batches += 1
             step(batch)
         moved = [not torch.equal(p, old) for p, old in zip(parameters, kept, strict=True)]
-        skipped = len(getattr(optimizer, "_step_skip_queue", []))
         epochs = scheduler.last_epoch - schedule["last_epoch"] if schedule is not None else None
     finally:
         if hooked:
@@ -88,7 +89,7 @@ def observe(
             loop.accountant.history = history
         if scheduler is not None:
             scheduler.load_state_dict(schedule)
-    _judge(loop, seen, moved, skipped, epochs, record)
+    _judge(loop, seen, moved, epochs, record)
 
 
 class _Seen:
@@ -96,6 +97,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.batches = 0
         self.forwards = 0
         self.passes: list[int] = []
         self.changed: list[str] = []
@@ -120,9 +122,7 @@ def _clip_rate(loop: Any, seen: _Seen) -> None:
         seen.clipped += int((norms > loop.optimizer.max_grad_norm).sum())
 
 
-def _judge(
-    loop: Any, seen: _Seen, moved: list[bool], skipped: int, epochs: int | None, record: Record
-) -> None:
+def _judge(loop: Any, seen: _Seen, moved: list[bool], epochs: int | None, record: Record) -> None:
     if seen.changed:
         record.find(
             "utility",
@@ -132,19 +132,30 @@ def _judge(
             parameters=dict.fromkeys(seen.changed),
             mode=loop.mode,
         )
-    if seen.steps == 0:
+    most = max([*seen.passes, seen.forwards])
+    if seen.steps == 0 and most < 2:
         record.find("utility", "the loop's body never steps the private optimizer", "call step()")
-    most = max([*seen.passes, 0])
-    if most > 1 or (seen.steps and seen.steps < BATCHES and not skipped):
+    if seen.steps < seen.batches and most > 1:
+        record.find(
+            "privacy",
+            "several draws go into one step: a row that is in two of them contributes twice, and the "
+            "accountant counts one draw",
+            "take a step for each batch; split large ones with BatchMemoryManager",
+            mode=loop.mode,
+            expected=f"{seen.batches} steps for {seen.batches} batches",
+            got=str(seen.steps),
+        )
+    elif most > 1:
         record.find(
             "privacy" if loop.mode == "ghost" else "note",
             f"{max(most, 2)} forward passes for one step: "
             + (
                 "ghost mode keeps the last one's gradient only"
                 if loop.mode == "ghost"
-                else "several draws in one step"
+                else "right for parts of one draw, which add up"
             ),
-            "split logical batches with BatchMemoryManager, and step after each backward pass",
+            "nothing to do for parts of one draw; in ghost mode, split draws with BatchMemoryManager, and "
+            "step after each backward pass",
             mode=loop.mode,
             expected="one forward and backward pass for each step",
             got=str(seen.passes),

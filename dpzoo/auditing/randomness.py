@@ -92,10 +92,10 @@ class Draws(TorchDispatchMode):
 
 
 @contextmanager
-def fixed_draws() -> Iterator[Draws]:
+def fixed_draws(seed: int = 0) -> Iterator[Draws]:
     """Nothing is random: torch's draws are constants, Python's and numpy's begin with one seed."""
-    random.seed(0)
-    np.random.seed(0)
+    random.seed(seed)
+    np.random.seed(seed)
     with Draws(fixed=True) as draws:
         yield draws
 
@@ -104,3 +104,16 @@ def numbers() -> tuple[Any, ...]:
     """Python's and numpy's random states, for comparing."""
     state: Any = np.random.get_state()
     return random.getstate(), state[1].tobytes(), state[2]
+
+
+@contextmanager
+def kept_states(module: torch.nn.Module) -> Iterator[None]:
+    """Random states of torch, Python and numpy are afterwards what they were."""
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    python, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)

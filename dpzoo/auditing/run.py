@@ -1,14 +1,12 @@
 """`dpzoo.audit`: what one batch proves about a model's private training."""
 
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +19,7 @@ from dpzoo.auditing.isolation import isolation
 from dpzoo.auditing.neighbours import neighbours
 from dpzoo.auditing.noise import noise
 from dpzoo.auditing.opacus_modes import MODES, first_line
+from dpzoo.auditing.randomness import kept_states
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
 from dpzoo.auditing.row_losses import Loss, losses_of_head
@@ -224,17 +223,7 @@ def _refuse(model: nn.Module, max_grad_norm: float) -> None:
 @contextmanager
 def _quietly(model: nn.Module) -> Iterator[None]:
     """Random states restored, gradients on, Opacus' and torch's warnings about hooks silenced."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    python, numbers = random.getstate(), np.random.get_state()
-    try:
-        with (
-            torch.random.fork_rng(devices=[d.index for d in devices]),
-            torch.enable_grad(),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
+    with kept_states(model), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield

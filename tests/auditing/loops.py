@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpzoo
+from dpzoo.clipping.noise import NoiseSource
 
 
 class Loop:
@@ -21,6 +22,7 @@ class Loop:
     def __init__(self, mode: str = "hooks", **options: Any) -> None:
         freeze = options.pop("freeze", ())
         learning_rate = options.pop("lr", 0.1)
+        collate = options.pop("collate_fn", None)
         self.net = nn.Sequential(nn.Linear(7, 40), nn.Tanh(), nn.Linear(40, 5))
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(name not in freeze)
@@ -30,8 +32,8 @@ class Loop:
         made = self.engine.make_private(
             module=self.net,
             optimizer=torch.optim.SGD(trained, lr=learning_rate),
-            data_loader=DataLoader(data, batch_size=8),
-            criterion=nn.CrossEntropyLoss(),
+            data_loader=DataLoader(data, batch_size=8, collate_fn=collate),
+            criterion=nn.CrossEntropyLoss(reduction=options.get("loss_reduction", "mean")),
             noise_multiplier=1.1,
             max_grad_norm=options.pop("max_grad_norm", 0.7),
             grad_sample_mode=mode,
@@ -50,6 +52,10 @@ class Loop:
         self.optimizer.zero_grad()
         self.backward(batch)
         self.optimizer.step()
+
+
+def collated(rows: list[Any]) -> tuple[torch.Tensor, ...]:
+    return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
 
 
 @dataclass
@@ -216,6 +222,164 @@ def _eager_scheduler() -> tuple[Loop, dict[str, Any]]:
     return loop, {"step": step, "scheduler": scheduler}
 
 
+# --- what only the body, the collator or the loader shows ----------------------------------------------
+
+
+def _every_fourth() -> tuple[Loop, dict[str, Any]]:
+    """Gradients of four draws for one step."""
+    loop, count = Loop("bk", poisson_sampling=False), iter(range(10**6))
+
+    def step(batch: Any) -> None:
+        loop.backward(batch)
+        if next(count) % 4 == 3:
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+
+    return loop, {"step": step}
+
+
+def _reseeded_body(mode: str) -> tuple[Loop, dict[str, Any]]:
+    loop, count = Loop(mode, max_grad_norm=20.0), iter(range(10**6))
+
+    def step(batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        loop.backward(batch)
+        torch.manual_seed(next(count) // 1000)
+        loop.optimizer.step()
+
+    return loop, {"step": step}
+
+
+def _known_key() -> tuple[Loop, dict[str, Any]]:
+    """A key of zeros for each step's noise, put there by the body."""
+    loop = Loop("bk", max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.release.noise = NoiseSource(bytes(32))
+        loop.step(batch)
+
+    return loop, {"step": step}
+
+
+def _second_optimizer() -> tuple[Loop, dict[str, Any]]:
+    """The bias of the head is trained by what hooks mode leaves in ``grad``: the sum without noise."""
+    loop = Loop(max_grad_norm=20.0)
+    other = torch.optim.SGD([loop.net[2].bias], lr=0.1)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        loop.backward(batch)
+        other.step()
+        loop.optimizer.step()
+
+    return loop, {"step": step}
+
+
+def _whole_data(mode: str) -> tuple[Loop, dict[str, Any]]:
+    loop = Loop(mode, max_grad_norm=20.0, poisson_sampling=True)
+    data = collated([loop.loader.dataset[i] for i in range(40)])
+    return loop, {"step": lambda batch: loop.step(data)}
+
+
+def _skips_empty(mode: str) -> tuple[Loop, dict[str, Any]]:
+    loop = Loop(mode, max_grad_norm=20.0)
+    return loop, {"step": lambda batch: loop.step(batch) if len(batch[0]) else None}
+
+
+def _scaled_rate() -> tuple[Loop, dict[str, Any]]:
+    """The learning rate follows the loss of the private batch."""
+    loop = Loop("bk", max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        loss = loop.criterion(loop.model(batch[0]), batch[1])
+        loss.backward()
+        loop.optimizer.param_groups[0]["lr"] = 0.1 * loss.item()
+        loop.optimizer.step()
+
+    return loop, {"step": step}
+
+
+def _true_size() -> tuple[Loop, dict[str, Any]]:
+    """The sum is divided by the number of rows that were drawn, which is private."""
+    loop = Loop("bk", max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.expected_batch_size = max(len(batch[0]), 1)
+        loop.step(batch)
+
+    return loop, {"step": step}
+
+
+def _with_collator(collate: Any, mode: str = "bk") -> tuple[Loop, dict[str, Any]]:
+    loop = Loop(mode, max_grad_norm=20.0, collate_fn=collate)
+    return loop, {"step": loop.step}
+
+
+def _mixup(rows: list[Any]) -> Any:
+    x, y = collated(rows)
+    return 0.7 * x + 0.3 * x[torch.randperm(len(x))], y
+
+
+def _copied(rows: list[Any]) -> Any:
+    """Batches of a fixed size, filled up with the first row."""
+    return collated([*rows, *[rows[0]] * (8 - len(rows))])
+
+
+def _cut(rows: list[Any]) -> Any:
+    x, y = collated(rows)
+    return torch.cat([x, 0.5 * x]), torch.cat([y, y])
+
+
+class Remembering:
+    """A collator that mixes in what it saw last."""
+
+    def __init__(self) -> None:
+        self.last = torch.zeros(7)
+
+    def __call__(self, rows: list[Any]) -> Any:
+        x, y = collated(rows)
+        mixed, self.last = x + 0.5 * self.last, x.mean(0)
+        return mixed, y
+
+
+def _sum_for_mean() -> tuple[Loop, dict[str, Any]]:
+    """Opacus takes the sum over rows for their mean: each row is scaled by the number of rows."""
+    loop = Loop(max_grad_norm=20.0)
+    loop.criterion = nn.CrossEntropyLoss(reduction="sum")
+    return loop, {"step": loop.step}
+
+
+class Reseeding:
+    """A loader that seeds its generator at the beginning of each pass."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["loader"], name)
+
+    def __iter__(self) -> Any:
+        torch.manual_seed(0)
+        return iter(self.loader)
+
+
+def _reseeded_passes() -> Loop:
+    loop = Loop()
+    loop.loader = Reseeding(loop.loader)
+    return loop
+
+
+ADAPTIVE = {
+    "clipping": "adaptive",
+    "target_unclipped_quantile": 0.5,
+    "clipbound_learning_rate": 0.4,
+    "max_clipbound": 50.0,
+    "min_clipbound": 0.01,
+    "unclipped_num_std": 1.5,
+}
+
+
 def _with(loop: Loop, **options: Any) -> tuple[Loop, dict[str, Any]]:
     return loop, options
 
@@ -270,6 +434,43 @@ PLANTED_LOOPS = [
     PlantedLoop("a loss scale, seen", "loop steps", "note", "more than 95 % of rows", _scaled_loss),
     PlantedLoop("a scheduler for each physical batch", "loop steps", "utility",
                 "steps more often", _eager_scheduler),
+    PlantedLoop("several draws for one step, said", "loop lint", "privacy",
+                "of the loader's batches for one step",
+                lambda: _with(Loop("bk"), accumulation_steps=5)),
+    PlantedLoop("several draws for one step, seen", "loop steps", "privacy",
+                "several draws go into one step", _every_fourth),
+    PlantedLoop("the same rows in every pass", "loop lint", "privacy",
+                "every pass over the loader draws the same rows", lambda: _with(_reseeded_passes())),
+    PlantedLoop("noise from the user's generator", "loop lint", "privacy", "the noise follows from a seed",
+                lambda: _with(Loop("bk", noise_generator=torch.Generator().manual_seed(3)))),
+    PlantedLoop("Opacus' adaptive clipping", "loop lint", "privacy", "which a row moves by 1",
+                lambda: _with(Loop(**ADAPTIVE))),
+    PlantedLoop("noise seeded in the body", "loop trials", "privacy",
+                "the noise is the same whatever the generator's state", lambda: _reseeded_body("hooks")),
+    PlantedLoop("draws seeded in the body", "loop trials", "privacy", "the loop's body seeds a generator",
+                lambda: _reseeded_body("bk")),
+    PlantedLoop("a key of the noise that is known", "loop trials", "privacy",
+                "the noise is the same whatever the generator's state", _known_key),
+    PlantedLoop("a second optimizer on raw gradients", "loop trials", "privacy",
+                "learns from the batch past clipping and noise", _second_optimizer),
+    PlantedLoop("a learning rate that follows the loss", "loop trials", "privacy",
+                "learns from the batch past clipping and noise", _scaled_rate),
+    PlantedLoop("sums divided by the rows drawn", "loop trials", "privacy",
+                "learns from the batch past clipping and noise", _true_size),
+    PlantedLoop("a body that trains on all rows", "loop trials", "privacy",
+                "a step takes 40 rows where the draw has 5", lambda: _whole_data("hooks")),
+    PlantedLoop("empty draws that are skipped", "loop trials", "privacy", "takes no step on an empty batch",
+                lambda: _skips_empty("hooks")),
+    PlantedLoop("mixup in the collator", "loop trials", "privacy", "changes the other rows' share",
+                lambda: _with_collator(_mixup)),
+    PlantedLoop("copies of a row in the collator", "loop trials", "privacy", "a step takes 8 rows",
+                lambda: _with_collator(_copied, "hooks")),
+    PlantedLoop("a collator that cuts rows", "loop trials", "privacy", "a step takes 10 rows",
+                lambda: _with_collator(_cut, "hooks")),
+    PlantedLoop("a collator that remembers", "loop trials", "privacy", "rows of the batch before it",
+                lambda: _with_collator(Remembering())),
+    PlantedLoop("a sum that is taken for a mean", "loop trials", "privacy", "changes the other rows' share",
+                _sum_for_mean),
     PlantedLoop("weights that do not move", "loop steps", "utility", "no weight moves",
                 lambda: (lambda loop: (loop, {"step": loop.step}))(Loop(lr=0.0))),
 ]  # fmt: skip

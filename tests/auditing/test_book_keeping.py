@@ -8,12 +8,13 @@ import torch
 
 import dpzoo
 from dpzoo.auditing import audit, audit_loop
+from dpzoo.clipping.adaptive import AdaptiveBookKeepingOptimizer
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.factors import EmbeddingFactors, LinearFactors
 from tests.auditing.clean import CLEAN, NO_EMPTY_BATCH
-from tests.auditing.loops import Loop
+from tests.auditing.loops import ADAPTIVE, Loop
 from tests.auditing.planted import PLANTED, Planted
 from tests.auditing.test_zoo import SAMPLED
 from tests.support import TIED, batch_for, stock_model
@@ -257,15 +258,6 @@ def test_a_broken_bk_is_caught(
 
 # --- loops ----------------------------------------------------------------------------------------------
 
-ADAPTIVE = {
-    "clipping": "adaptive",
-    "target_unclipped_quantile": 0.5,
-    "clipbound_learning_rate": 0.4,
-    "max_clipbound": 50.0,
-    "min_clipbound": 0.01,
-    "unclipped_num_std": 1.5,
-}
-
 
 @pytest.mark.parametrize(
     "options", [ADAPTIVE, {"clipping": "automatic"}], ids=lambda o: o["clipping"]
@@ -277,6 +269,23 @@ def test_a_right_loop_of_other_clippings_passes(options: dict[str, Any]) -> None
     assert report.ok, str(report)
     assert report.modes == ("bk",)
     assert loop.optimizer.max_grad_norm == clip  # though steps were taken
+
+
+def test_a_count_that_a_row_moves_by_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adaptive clipping's theorem has 1/2 for a row."""
+    kind = AdaptiveBookKeepingOptimizer
+
+    def whole(self: Any, squared: Any, norms: torch.Tensor) -> Any:
+        made = BookKeepingOptimizer.clip_factors(self, squared, norms)
+        self._halves += float((made[None] >= 1).double().sum())
+        return made
+
+    loop = Loop("bk", max_grad_norm=20.0, **ADAPTIVE)
+    assert audit_loop(*loop.objects(), step=loop.step).ok
+    monkeypatch.setattr(kind, "clip_factors", whole)
+    (finding,) = audit_loop(*loop.objects(), step=loop.step).failures
+    assert "moves the count that adaptive clipping releases by more than 1/2" in finding.message
+    assert (finding.expected, finding.got) == ("at most 0.5", "1")
 
 
 def test_micro_batches_add_up_and_are_a_note_only() -> None:

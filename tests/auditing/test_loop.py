@@ -37,7 +37,14 @@ def test_a_right_loop_passes(mode: str, wrap: bool) -> None:
     else:
         report = audit_loop(*loop.objects(), step=loop.step)
     assert not report.findings, str(report)
-    assert [r.name for r in report] == ["loop lint", "freshness", "noise", "loop steps"]
+    assert [r.name for r in report] == [
+        "loop lint",
+        "freshness",
+        "noise",
+        "loop steps",
+        "loop trials",
+    ]
+    assert not any(result.skipped for result in report), str(report)
 
 
 def test_a_memory_manager_that_ran_to_its_end_passes() -> None:
