@@ -128,7 +128,7 @@ def _run(options: argparse.Namespace) -> int:
         ours = isinstance(model, PerSampleModel)
         if modes is None and not ours:
             modes = ["bk"]
-        with _named(options.model, "a batch cannot be made for"):
+        with _named(options.model, "gives no batch"):
             batch = batch_of(model, texts)
         if options.stock and ours:
             model = to_transformers(model)
@@ -176,14 +176,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _named(source: str, what: str = "transformers cannot load") -> Iterator[None]:
+def _named(source: str, what: str = "cannot be loaded by transformers") -> Iterator[None]:
     """Whatever files from elsewhere provoke becomes one line that names them."""
     try:
         yield
     except DpzooError:
         raise
     except Exception as error:  # OSError's words have several lines
-        raise InputError(f"{what} {source}: {first_line(error)}") from error
+        raise InputError(f"{source} {what}: {first_line(error)}") from error
 
 
 def _load(name: str, task: str | None) -> Any:
@@ -199,11 +199,17 @@ def _load(name: str, task: str | None) -> Any:
         model, report = from_pretrained(name, task=task, **options)
     else:
         model, report = _stock(config, name, task).from_pretrained(name, **options)
-    mismatched = sorted(map(str, report["mismatched_keys"]))
-    if mismatched:
+    if type(model.config) is not type(config):
         raise InputError(
-            f"{name} has {len(mismatched)} parameters of other shapes than its config says: "
-            f"{mismatched[0]}. Wanted a config.json and weights that belong together."
+            f"{name} is of the family {config.model_type!r}, and was saved from {type(model).__name__}. "
+            f"Wanted a config.json of one family."
+        )
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        key, got, wanted = mismatched[0]
+        raise InputError(
+            f"{name} has {len(mismatched)} parameters of other shapes than its config says: {key} is "
+            f"{tuple(got)}, wanted {tuple(wanted)}. The config.json is that of other weights."
         )
     prefix = f"{model.base_model_prefix}."
     has_head = any(key.startswith(prefix) for key in model.state_dict())
@@ -257,13 +263,13 @@ def _texts(options: argparse.Namespace) -> dict[str, torch.Tensor] | None:
     """The first rows of the data file, tokenized; None without one."""
     if options.data is None:
         return None
-    with _named(str(options.data), "there are no rows in"):
+    with _named(str(options.data), "cannot be read"):
         text = options.data.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) < ROWS:
         raise InputError(f"{options.data} has {len(lines)} rows, wanted at least {ROWS}.")
     cells = [line.split("\t") for line in lines[:ROWS]]
-    with _quiet(), _named(options.model, "there is no tokenizer in"):
+    with _quiet(), _named(options.model, "has no tokenizer that can be read"):
         tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

@@ -122,11 +122,11 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean, log_var = self.encode(x).chunk(2, 1)
-        return self.decode(mean + torch.randn_like(mean) * (0.5 * log_var).exp())
+        return self.decode(mean + torch.randn_like(mean) * torch.tanh(log_var).exp())
 
 
 class Skipping(nn.Module):
-    """Stochastic depth: of each row, and of the whole layer by Python's generator; and noise by another name."""
+    """Stochastic depth, of each row or of the layer by Python's generator; or dropout by another name."""
 
     def __init__(self, how: str) -> None:
         super().__init__()

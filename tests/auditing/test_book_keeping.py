@@ -79,6 +79,13 @@ IN_BK: dict[str, tuple[str, str]] = {
     "a running mean": ("statelessness", "changed in a training forward pass"),
     "a frozen parameter that": ("statelessness", "changed in a training forward pass"),
     "statistics of": ("statelessness", "is in training mode"),
+    "a table whose rows": ("statelessness", "has max_norm"),
+    "a running variance": ("statelessness", "takes statistics over the rows"),
+    "a sum over rows": ("isolation", "not the mean of the rows' losses"),
+    "experts with a capacity, in": ("neighbours", "the other rows' gradients change"),
+    "experts with a capacity": ("isolation", "there are 16 other rows"),
+    "a head that reads": ("neighbours", "are padded to the longest of them"),
+    "rows that are mixed": ("isolation", "depends on other rows"),
     "the batch's mean": ("coverage", REFUSAL + "InputError: linear was called with a trainable parameter"),
     "in-batch negatives": ("coverage", REFUSAL + "InputError: The recorded per-sample gradients are not"),
     "a mixture's balance": ("isolation", "depends on other rows"),
@@ -129,7 +136,8 @@ def test_a_planted_bug_is_named_or_none_in_bk(planted: Planted) -> None:
     found = [f for f in report[check].findings if says in f.message and f.severity != "note"]
     assert found, str(report)
     assert all(
-        f.mode == (None if check in ("isolation", "statelessness") else "bk") and f.remedy
+        f.mode == (None if check in ("isolation", "neighbours", "statelessness") else "bk")
+        and f.remedy
         for f in found
     )
 
