@@ -185,22 +185,33 @@ class Batch:
 
         return self.map(change)
 
+    def _mask(self) -> torch.Tensor | None:
+        """The mask of the tokens, 1 or 0 for each; None where there is none, or one of another kind."""
+        mask = self.tensors().get("attention_mask")
+        if mask is None or mask.dim() < 2 or not bool(((mask == 0) | (mask == 1)).all()):
+            return None
+        others = [n for n, t in self.tensors().items() if t is not mask and self._along(mask, n, t)]
+        return mask if others else None
+
     def _along(self, mask: torch.Tensor, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor has the mask's positions."""
+        if name.startswith("decoder"):
+            return False
         return tensor.shape == mask.shape or (
             "embeds" in name and tensor.shape[:-1] == mask.shape and tensor.dim() > 2
         )
 
     def padded(self, pad_id: int, more: int = 3) -> "Batch | None":
         """With every sequence padded further on the right; None without an ``attention_mask``."""
-        mask = self.tensors().get("attention_mask")
-        if mask is None or mask.dim() < 2:
+        mask = self._mask()
+        if mask is None:
             return None
 
         def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
             if not self._along(mask, name, tensor):
                 return tensor
-            fill = pad_id if name == "input_ids" else IGNORE_INDEX if "label" in name else 0
+            fill = pad_id if name == "input_ids" else 0
+            fill = IGNORE_INDEX if name in self.token_labels() else fill
             shape = list(tensor.shape)
             axis = mask.dim() - 1
             shape[axis] = more
@@ -215,8 +226,8 @@ class Batch:
         Positions that have a label stay; so do those before the first token, where the batch has indices
         of positions.
         """
-        mask = self.tensors().get("attention_mask")
-        if mask is None or mask.dim() < 2 or not bool(mask.any()):
+        mask = self._mask()
+        if mask is None or not bool(mask.any()):
             return self
         counted = mask.bool()
         for labels in self.token_labels().values():
@@ -235,8 +246,8 @@ class Batch:
 
     def fills_its_length(self) -> bool | None:
         """Whether rows are padded to the longest: some are padded, and some not. None: none is."""
-        mask = self.tensors().get("attention_mask")
-        if mask is None or mask.dim() < 2 or bool(mask.bool().all()):
+        mask = self._mask()
+        if mask is None or bool(mask.bool().all()):
             return None
         return bool(mask.bool().reshape(-1, mask.shape[-1]).all(1).any())
 

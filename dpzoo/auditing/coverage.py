@@ -274,8 +274,10 @@ def _without_uses(
         ),
     ):
         if names:
+            # What a random model skips in one batch, it takes in another.
+            skipped = names is unreached and subject.loss.fixed
             record.find(
-                "utility",
+                "note" if skipped else "utility",
                 f"trainable parameters are moved by noise alone: {why}",
                 remedy,
                 parameters=names,

@@ -53,8 +53,8 @@ def audit_loop(
             transformers' Trainer, ``args.max_grad_norm``).
 
     Returns:
-        A report with the checks "loop lint", "freshness", "noise" and, given ``step``, "loop steps" and
-        "loop trials". Its verdict is `AuditReport.ok`, as of `dpzoo.audit`.
+        A report with the checks "loop lint", "freshness", "noise" and, given ``step``, "loop trials"
+        and "loop steps". Its verdict is `AuditReport.ok`, as of `dpzoo.audit`.
 
     Raises:
         InputError: the optimizer is not a private one.
@@ -85,16 +85,15 @@ def audit_loop(
     ]
     if step is not None:
         body = step
-        checks.append(
+        # Trials first: a body may learn from the first batch that it sees.
+        checks += [
+            ("loop trials", lambda record: trials(loop, body, scheduler, record), TRIALS_CATCHES),
             (
                 "loop steps",
                 lambda record: observe(loop.module, loop, body, scheduler, record),
                 STEPS_CATCHES,
-            )
-        )
-        checks.append(
-            ("loop trials", lambda record: trials(loop, body, scheduler, record), TRIALS_CATCHES)
-        )
+            ),
+        ]
     for name, check, catches in checks:
         record, begun = Record(name), time.perf_counter()
         if name != "loop trials":  # which says itself whether it could

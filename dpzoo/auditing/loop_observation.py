@@ -10,7 +10,7 @@ from torch import nn
 from dpzoo.auditing.record import Record
 
 STEPS = 2
-MOST_BATCHES = 8
+MOST_BATCHES = 16
 
 
 def observe(
@@ -53,7 +53,9 @@ def observe(
                 if before is not None and p.grad is not None and not torch.equal(before, p.grad):
                     seen.changed.append(loop.name_of(p))
         _clip_rate(loop, seen)
-        return pre_step(*args, **kwargs)
+        stepped = pre_step(*args, **kwargs)
+        seen.whole += bool(stepped)  # and not a part that a BatchMemoryManager has announced
+        return stepped
 
     for p in parameters if loop.mode == "ghost" else ():
         handles.append(p.register_post_accumulate_grad_hook(left_by_backward))
@@ -61,7 +63,7 @@ def observe(
     optimizer.pre_step = watched
     try:
         for number, batch in enumerate(loop.loader):
-            if seen.steps >= STEPS or number == MOST_BATCHES:
+            if seen.whole >= STEPS or number == MOST_BATCHES:
                 break
             seen.batches += 1
             step(batch)
@@ -96,7 +98,7 @@ class _Seen:
     """What happened while the loop's body ran."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps = self.whole = 0
         self.batches = 0
         self.forwards = 0
         self.passes: list[int] = []
@@ -135,7 +137,16 @@ def _judge(loop: Any, seen: _Seen, moved: list[bool], epochs: int | None, record
     most = max([*seen.passes, seen.forwards])
     if seen.steps == 0 and most < 2:
         record.find("utility", "the loop's body never steps the private optimizer", "call step()")
-    if seen.steps < seen.batches and most > 1:
+    if seen.steps > seen.batches:
+        record.find(
+            "privacy",
+            "several private steps are taken on one draw: the accountant counts each as one of fresh rows",
+            "take one step for each batch of the loader",
+            mode=loop.mode,
+            expected=f"{seen.batches} steps for {seen.batches} batches",
+            got=str(seen.steps),
+        )
+    elif seen.steps < seen.batches and most > 1:
         record.find(
             "privacy",
             "several draws go into one step: a row that is in two of them contributes twice, and the "
@@ -169,15 +180,15 @@ def _judge(loop: Any, seen: _Seen, moved: list[bool], epochs: int | None, record
             expected=f"norms around {loop.optimizer.max_grad_norm}",
             got=f"{seen.clipped} of {seen.rows} rows clipped",
         )
-    if epochs is not None and epochs > seen.steps:
+    if epochs is not None and epochs > seen.whole:
         record.find(
             "utility",
             "the scheduler steps more often than the optimizer: once for each physical batch?",
             "call scheduler.step() once for each logical batch (not while steps are skipped)",
-            expected=f"{seen.steps} steps",
+            expected=f"{seen.whole} steps",
             got=str(epochs),
         )
-    if seen.steps and not any(moved):
+    if seen.whole and not any(moved):
         record.find(
             "utility",
             "no weight moves in a step",

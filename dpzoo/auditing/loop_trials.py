@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from dpzoo.auditing.loop_lint import Loop
 from dpzoo.auditing.numerics import Gradients, row_norms
 from dpzoo.auditing.opacus_modes import first_line
-from dpzoo.auditing.randomness import fixed_draws
+from dpzoo.auditing.randomness import fixed_draws, numbers
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.sensitivity import SLACK
 from dpzoo.clipping.draws import Draws
@@ -28,7 +28,11 @@ from dpzoo.clipping.optimizer import Release
 ROWS = 5
 TOLERANCE = 1e-3
 """Of sums in the model's own dtype, relative to their largest entry."""
-UNCLIPPED = 1e9
+UNCLIPPED, TIGHT = 1e9, 1e-4
+"""Clipping norms that clip no row, and every row."""
+RANDOM = (
+    "random: collator or body draw from Python's or numpy's generator as often as there are rows"
+)
 
 
 @dataclass
@@ -37,22 +41,30 @@ class Trial:
 
     Args:
         steps: private steps.
+        accounted: those that the optimizer's step hook, the accountant's, was called for.
+        clip: C, when the noise was added; None for several.
+        sigma: the noise multiplier then.
         rows: rows whose gradients entered them; None where that cannot be told.
         sums: name -> the clipped sum, before noise.
         grads: name -> what the optimizer was given, noise included.
         count: of rows, less half their number, that adaptive clipping releases.
         end: name -> weights, buffers, optimizer state and settings at the end.
         generators: states of torch's and the loader's generators at the end.
+        drawn: of Python's and numpy's at the end, and whether torch drew what has no constants.
         error: what it raised.
     """
 
     steps: int = 0
+    accounted: int = 0
+    clip: float | None = None
+    sigma: float = 0.0
     rows: int | None = None
     sums: Gradients = field(default_factory=dict)
     grads: Gradients = field(default_factory=dict)
     count: float = 0.0
     end: dict[str, Any] = field(default_factory=dict)
     generators: list[torch.Tensor] = field(default_factory=list)
+    drawn: tuple[Any, ...] = ()
     error: str = ""
 
 
@@ -96,13 +108,14 @@ class Trials:
             owner.max_grad_norm = clip
         optimizer.pre_step = self._pre_step(trial, optimizer.pre_step)
         optimizer.add_noise = self._add_noise(trial, optimizer.add_noise)
-        optimizer.step_hook = None
+        optimizer.step_hook = lambda _: setattr(trial, "accounted", trial.accounted + 1)
         torch.manual_seed(seed)
         for generator in self.generators:
             generator.manual_seed(seed)
         try:
-            with fixed_draws(seed):
+            with fixed_draws(seed) as draws:
                 self.body(loop.collated(draw))
+            trial.drawn = (*numbers(), bool(draws.loose))
         except Exception as error:
             trial.error = first_line(error)
         finally:
@@ -149,6 +162,10 @@ class Trials:
             for name, value in found.items():
                 trial.sums[name] = trial.sums.get(name, 0) + value
             trial.count += float(getattr(self.optimizer, "_halves", 0.0))
+            # bk's noise is for the largest C that the rows were clipped at.
+            clips = (self.optimizer.max_grad_norm, getattr(self.optimizer, "_clipped_at", 0.0))
+            trial.clip = max(clips) if isinstance(clips[0], (int, float)) else None
+            trial.sigma = float(self.optimizer.noise_multiplier)
             with _disable_current_modes():  # the noise is real
                 made = original(*args, **kwargs)
             trial.grads = self._named(
@@ -248,15 +265,23 @@ def trials(loop: Loop, body: Callable[[Any], Any], scheduler: Any, record: Recor
             "see the error; nothing else can be tried before",
         )
         return
-    if given.steps != 1:  # accumulating, which the observed batches show; or nothing to judge
-        record.skip(f"trials of the body: it takes {given.steps} private steps for one batch")
-        return
     record.ran()
+    _judge_leaks(record, given, run(other[1:]))  # other rows, and another number of them
+    if given.steps != 1:  # as the observed batches show
+        record.skip(f"other trials of the body: it takes {given.steps} private steps for one batch")
+        return
+    if given.accounted != given.steps:
+        record.find(
+            "privacy",
+            "the loop's body takes a step of which the accountant is not told",
+            "leave optimizer.step_hook as the engine has attached it",
+            expected=f"{given.steps} step accounted",
+            got=str(given.accounted),
+        )
     _judge_rows(record, given, rows)
     _judge_seeds(loop, record, given, run(draw, seed=2))
     _judge_neighbours(loop, record, run, draw, given)
     _judge_memory(record, run, draw, other)
-    _judge_leaks(record, given, run(other[1:]))  # other rows, and another number of them
     if loop.poisson:
         _judge_empty(record, run([]))
 
@@ -280,8 +305,10 @@ def _judge_seeds(loop: Loop, record: Record, one: Trial, two: Trial) -> None:
         record.find(
             "privacy",
             "the noise is the same whatever the generator's state: it is seeded in the loop, and whoever "
-            "knows the seed can subtract it",
-            "do not seed generators in the loop, and do not give the optimizer noise of your own",
+            "knows the seed can subtract it"
+            if one.sigma
+            else "the loop's body sets noise_multiplier to 0: its step has no noise",
+            "do not seed generators in the loop, and leave the optimizer's noise alone",
             parameters=same,
             mode=loop.mode,
         )
@@ -303,33 +330,45 @@ def _judge_neighbours(
     loop: Loop, record: Record, run: Callable[..., Trial], draw: Sequence[int], given: Trial
 ) -> None:
     """A row taken out moves the clipped sum by its own clipped gradient."""
-    if not isinstance(loop.optimizer.max_grad_norm, (int, float)):
+    if given.clip is None:
         record.skip("a row taken out of a draw: a clipping norm for each layer")
         return
-    clip = float(loop.optimizer.max_grad_norm)
     without = run(draw[1:])
-    ratio = _norm({n: given.sums[n] - without.sums.get(n, 0) for n in given.sums}) / clip
+    if without.drawn != given.drawn or any(given.drawn[-1:]):
+        record.skip(RANDOM)
+        return
+    # At a C below every row's norm the clipping itself shows.
+    pairs = ((given, without), (run(draw, clip=TIGHT), run(draw[1:], clip=TIGHT)))
+    ratio = max(_moved(one, two) for one, two in pairs)
     record.measure(ratio, "C")
-    whole, rest, own = (run(d, clip=UNCLIPPED) for d in (draw, draw[1:], draw[:1]))
-    for trial in (without, whole, rest, own):
-        if trial.error:
+    whole, wrong = run(draw, clip=UNCLIPPED), {}
+    for i in range(len(draw)):
+        rest = run([*draw[:i], *draw[i + 1 :]], clip=UNCLIPPED)
+        own = run([draw[i]], clip=UNCLIPPED)
+        error = without.error or rest.error or own.error
+        if error:
             record.find(
                 "crash",
-                f"the loop's body raises on a draw of another size: {trial.error}",
+                f"the loop's body raises on a draw of another size: {error}",
                 "Poisson sampling draws batches of all sizes",
             )
             return
-    wanted = {n: rest.sums.get(n, 0) + g for n, g in own.sums.items()}
-    wrong = record.differ(whole.sums, wanted, TOLERANCE)
+        wanted = {n: rest.sums.get(n, 0) + g for n, g in own.sums.items()}
+        wrong = record.differ(whole.sums, wanted, TOLERANCE)
+        if wrong:
+            break
     if wrong or ratio > 1 + SLACK:
         record.find(
             "privacy",
             "what a row adds to the sum is not its own gradient alone, but changes the other rows' share: "
-            "rows meet in the collator, the model, the loss or its reduction",
-            "let a row's loss depend on that row alone; give criterion and make_private one reduction",
+            "rows meet in the collator, the model, the loss or its reduction"
+            if wrong
+            else "a row moves the clipped sum by more than the clipping norm",
+            "let a row's loss depend on that row alone, give criterion and make_private one reduction, and "
+            "clip and add noise at one C",
             parameters=wrong,
             mode=loop.mode,
-            expected=f"at most {clip:.4g} (C)",
+            expected="at most C, its own gradient",
             got=f"{ratio:.4g} times C, off by {max(wrong.values(), default=0.0):.3g} without clipping",
         )
     moved = abs(given.count - without.count)
@@ -342,6 +381,11 @@ def _judge_neighbours(
             expected="at most 0.5",
             got=f"{moved:g}",
         )
+
+
+def _moved(one: Trial, two: Trial) -> float:
+    """By how many clipping norms two sums differ."""
+    return _norm({n: one.sums[n] - two.sums.get(n, 0) for n in one.sums}) / float(one.clip or 1.0)
 
 
 def _judge_memory(

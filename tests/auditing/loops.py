@@ -1,5 +1,6 @@
-"""Planted loops: a private loop, wrong in one way, and two that are right."""
+"""Planted loops: a private loop, wrong in one way; and right ones."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ class Loop:
         freeze = options.pop("freeze", ())
         learning_rate = options.pop("lr", 0.1)
         collate = options.pop("collate_fn", None)
-        self.net = nn.Sequential(nn.Linear(7, 40), nn.Tanh(), nn.Linear(40, 5))
+        between = nn.Sequential(nn.Tanh(), nn.Dropout(options.pop("dropout", 0.0)))
+        self.net = nn.Sequential(nn.Linear(7, 40), between, nn.Linear(40, 5))
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(name not in freeze)
         trained = [p for p in self.net.parameters() if p.requires_grad]
@@ -311,6 +313,90 @@ def _true_size() -> tuple[Loop, dict[str, Any]]:
     return loop, {"step": step}
 
 
+def _twice() -> tuple[Loop, dict[str, Any]]:
+    loop = Loop(max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        for _ in range(2):
+            loop.step(batch)
+
+    return loop, {"step": step}
+
+
+def _past_the_private_one() -> tuple[Loop, dict[str, Any]]:
+    """The optimizer below the private one is stepped: its gradients are sums without noise."""
+    loop = Loop(max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        loop.backward(batch)
+        loop.optimizer.original_optimizer.step()
+
+    return loop, {"step": step}
+
+
+def _begun_from_data() -> tuple[Loop, dict[str, Any]]:
+    """The head's bias begins with the classes of the first batch."""
+    loop, begun = Loop("bk", max_grad_norm=20.0), []
+
+    def step(batch: Any) -> None:
+        if not begun:
+            begun.append(True)
+            loop.net[2].bias.data.copy_(torch.bincount(batch[1], minlength=5) / len(batch[1]))
+        loop.step(batch)
+
+    return loop, {"step": step}
+
+
+def _two_norms() -> tuple[Loop, dict[str, Any]]:
+    """Rows are clipped at 1000, the noise is for 20."""
+    loop = Loop("ghost", max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        clip = loop.model.max_grad_norm
+        loop.model.max_grad_norm = 1e3
+        loop.optimizer.zero_grad()
+        loop.backward(batch)
+        loop.model.max_grad_norm = clip
+        loop.optimizer.step()
+
+    return loop, {"step": step}
+
+
+def _unaccounted() -> tuple[Loop, dict[str, Any]]:
+    loop = Loop(max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.step_hook = None
+        loop.step(batch)
+
+    return loop, {"step": step}
+
+
+def _silent() -> tuple[Loop, dict[str, Any]]:
+    """The noise is off during the step, and on for whoever looks."""
+    loop = Loop("bk", max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        sigma, loop.optimizer.noise_multiplier = loop.optimizer.noise_multiplier, 0.0
+        loop.step(batch)
+        loop.optimizer.noise_multiplier = sigma
+
+    return loop, {"step": step}
+
+
+def _half() -> tuple[Loop, dict[str, Any]]:
+    loop = Loop(max_grad_norm=20.0)
+    return loop, {"step": lambda batch: loop.step([x[: len(x) // 2] for x in batch])}
+
+
+def _shortest(rows: list[Any]) -> Any:
+    """Cuts all rows to the length of the shortest."""
+    x, y = collated(rows)
+    kept = torch.arange(7) < (x.abs() > 0.4).sum(1).min()
+    return x * kept, y
+
+
 def _with_collator(collate: Any, mode: str = "bk") -> tuple[Loop, dict[str, Any]]:
     loop = Loop(mode, max_grad_norm=20.0, collate_fn=collate)
     return loop, {"step": loop.step}
@@ -369,6 +455,77 @@ def _reseeded_passes() -> Loop:
     loop.loader = Reseeding(loop.loader)
     return loop
 
+
+def _sorted(rows: list[Any]) -> Any:
+    return collated(sorted(rows, key=lambda row: float(row[0][0])))
+
+
+def _noisy(rows: list[Any]) -> Any:
+    x, y = collated(rows)
+    return x + 0.1 * torch.randn_like(x), y
+
+
+def _jittered(rows: list[Any]) -> Any:
+    """As many of Python's random numbers as there are rows."""
+    x, y = collated(rows)
+    return x * torch.tensor([[random.uniform(0.9, 1.1)] for _ in rows]), y
+
+
+def _smoothed(mode: str) -> tuple[Loop, dict[str, Any]]:
+    """Weights are clamped and averaged after the step: that is post-processing."""
+    loop = Loop(mode, max_grad_norm=20.0)
+    mean = [p.detach().clone() for p in loop.net.parameters()]
+
+    def step(batch: Any) -> None:
+        loop.step(batch)
+        with torch.no_grad():
+            for p, average in zip(loop.net.parameters(), mean, strict=True):
+                p.clamp_(-1, 1)
+                average.lerp_(p, 0.1)
+
+    return loop, {"step": step}
+
+
+def _without_forward() -> tuple[Loop, dict[str, Any]]:
+    """In bk an empty draw needs a step, and neither forward nor backward pass."""
+    loop = Loop("bk", max_grad_norm=20.0)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        if len(batch[0]):
+            loop.backward(batch)
+        loop.optimizer.step()
+
+    return loop, {"step": step}
+
+
+def _scheduled() -> tuple[Loop, dict[str, Any]]:
+    loop = Loop("bk", max_grad_norm=20.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(loop.optimizer.original_optimizer, 1)
+
+    def step(batch: Any) -> None:
+        loop.step(batch)
+        scheduler.step()
+
+    return loop, {"step": step, "scheduler": scheduler}
+
+
+CLEAN_LOOPS: dict[str, Callable[[], tuple[Loop, dict[str, Any]]]] = {
+    "a collator that sorts": lambda: _with_collator(_sorted),
+    "a collator that adds noise": lambda: _with_collator(_noisy),
+    "a collator that draws for each row": lambda: _with_collator(_jittered, "hooks"),
+    "weights that are clamped and averaged": lambda: _smoothed("hooks"),
+    "the same under ghost": lambda: _smoothed("ghost"),
+    "empty draws without a forward pass": _without_forward,
+    "a scheduler": _scheduled,
+    "dropout": lambda: (lambda loop: (loop, {"step": loop.step}))(
+        Loop("bk", max_grad_norm=20.0, dropout=0.3)
+    ),
+    "dropout under ghost": lambda: (lambda loop: (loop, {"step": loop.step}))(
+        Loop("ghost", max_grad_norm=20.0, dropout=0.3)
+    ),
+}
+"""Right loops, which none of the checks may name."""
 
 ADAPTIVE = {
     "clipping": "adaptive",
@@ -471,6 +628,21 @@ PLANTED_LOOPS = [
                 lambda: _with_collator(Remembering())),
     PlantedLoop("a sum that is taken for a mean", "loop trials", "privacy", "changes the other rows' share",
                 _sum_for_mean),
+    PlantedLoop("two steps on one draw", "loop steps", "privacy", "several private steps are taken on one",
+                _twice),
+    PlantedLoop("the optimizer below the private one", "loop trials", "privacy",
+                "learns from the batch past clipping and noise", _past_the_private_one),
+    PlantedLoop("weights that begin from data", "loop trials", "privacy",
+                "learns from the batch past clipping and noise", _begun_from_data),
+    PlantedLoop("clipped at one norm, noise for another", "loop trials", "privacy",
+                "moves the clipped sum by more than the clipping norm", _two_norms),
+    PlantedLoop("a step that is not accounted", "loop trials", "privacy", "the accountant is not told",
+                _unaccounted),
+    PlantedLoop("noise that is off in the body", "loop trials", "privacy", "sets noise_multiplier to 0",
+                _silent),
+    PlantedLoop("half of the rows", "loop trials", "privacy", "a step takes 2 rows", _half),
+    PlantedLoop("rows cut to the batch's shortest", "loop trials", "privacy",
+                "changes the other rows' share", lambda: _with_collator(_shortest)),
     PlantedLoop("weights that do not move", "loop steps", "utility", "no weight moves",
                 lambda: (lambda loop: (loop, {"step": loop.step}))(Loop(lr=0.0))),
 ]  # fmt: skip

@@ -197,6 +197,42 @@ class LastPosition(nn.Module):
         return {"loss_per_sample": losses}
 
 
+class Remembering(nn.Module):
+    """Adds the mean of the batch before, which no buffer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.last = nn.Linear(HIDDEN, 3), [torch.zeros(HIDDEN)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = self.head(x + self.last[0].to(x))
+        if len(x):
+            self.last[0] = x.mean(0).detach()
+        return outputs
+
+
+class Ranked(nn.Module):
+    """Looks up a row's rank in the batch: integers, through which no gradient flows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks, self.head = nn.Embedding(64, HIDDEN), nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.ranks(x[:, 0].argsort().argsort())) + x)
+
+
+class InLargeBatches(nn.Module):
+    """Centred over the batch, in batches of more than 20 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x - x.mean(0) if len(x) > 20 else x)
+
+
 class Shuffling(nn.Module):
     """Mixes each row with another one, drawn at random: mixup in the forward pass."""
 
@@ -712,6 +748,27 @@ PLANTED = [
         "privacy",
         "other rows",
         lambda: (Shuffling(), _x()),
+    ),
+    Planted(
+        "a mean that is kept of the batch before",
+        "isolation",
+        "privacy",
+        "other rows",
+        lambda: (Remembering(), _x()),
+    ),
+    Planted(
+        "ranks within the batch",
+        "isolation",
+        "privacy",
+        "other rows",
+        lambda: (Ranked(), _x()),
+    ),
+    Planted(
+        "rows that meet in large batches alone",
+        "neighbours",
+        "privacy",
+        "the other rows' gradients change",
+        lambda: (InLargeBatches(), (floats(40, HIDDEN),)),
     ),
     Planted(
         "a functional tie in hooks mode: the head's gradient is lost",
