@@ -96,7 +96,7 @@ STORIES: dict[str, tuple[str, str]] = {
                     "transformers' attention; Opacus' ghost mode with nn.Embedding"),
     "copy of the weights": ("weights move, epsilon accrues, the model stays the same",
                             "merged or cached weights"),
-    "two steps on one": ("the accountant counts each step as one of fresh rows", "inner loops over a batch"),
+    "two steps on one": ("the accountant counts each step as one of fresh rows", "inner loops"),
     "below the private": ("the gradients there are sums without noise", "`original_optimizer`"),
     "begin from data": ("statistics of a batch are published with the weights",
                         "data-dependent initialisation, code books"),
