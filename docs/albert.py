@@ -24,19 +24,25 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
-from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.attention import (
+    attend,
+    first_tokens,
+    merge_heads,
+    refuse_uneven_heads,
+    split_heads,
+)
 from dpzoo.layers.embeddings import (
     HoldsTables,
     PositionEmbedding,
     TokenEmbedding,
     rows_of_ids,
 )
-from dpzoo.layers.encoder import activation, first_tokens, refuse_uneven_heads
 from dpzoo.layers.lm_head import LMHead, TiedBias
 from dpzoo.models import heads
 from dpzoo.models.base import (
     ForwardArguments,
     PerSampleModel,
+    activation,
     one_input,
     refuse_arguments,
     refuse_too_long,

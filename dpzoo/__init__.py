@@ -8,7 +8,6 @@ per-sample gradient under Opacus, position embeddings and tied heads included. I
 checkpoint.
 """
 
-from dpzoo import versions  # noqa: F401  (warns of a transformers that the tests were not run with)
 from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.conversion import convert, to_transformers
@@ -59,8 +58,7 @@ from dpzoo.models.roberta import (
 )
 from dpzoo.pretrained import from_config, from_pretrained
 from dpzoo.registry import list_models
-
-__version__ = "0.1.0"
+from dpzoo.versions import __version__  # warns of a transformers that the tests were not run with
 
 __all__ = [
     "AuditFailedError",
@@ -101,6 +99,7 @@ __all__ = [
     "RobertaModel",
     "UnsupportedConfigError",
     "UnsupportedModelError",
+    "__version__",
     "audit",
     "audit_loop",
     "convert",

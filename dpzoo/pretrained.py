@@ -8,10 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from dpzoo.conversion import _convert
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
-from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class, stock_class
+from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class
 
 CONFIG_ARGUMENTS = (
     "cache_dir",
@@ -54,20 +53,7 @@ def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -
     if not isinstance(config, PreTrainedConfig):
         where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
         config = AutoConfig.from_pretrained(name_or_path if config is None else config, **where)
-    return load_class(_class_for(config, task, str(name_or_path)), name_or_path, **kwargs)
-
-
-def load_class(cls: type[PerSampleModel], name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.from_pretrained``: load the stock class that ``cls`` replaces and convert it.
-
-    Raises:
-        ConversionError: ``cls`` is a user's subclass with parameters of its own.
-    """
-    loaded = stock_class(cls).from_pretrained(name_or_path, *args, **kwargs)
-    if kwargs.get("output_loading_info"):
-        model, report = loaded
-        return _convert(model, release=True, cls=cls), report
-    return _convert(loaded, release=True, cls=cls)
+    return _class_for(config, task, str(name_or_path)).from_pretrained(name_or_path, **kwargs)
 
 
 def from_config(

@@ -61,10 +61,13 @@ class BookMode(OpacusMode):
     def prepare(self, model: torch.nn.Module) -> Any:
         return BookKeepingModule(model)
 
-    def run(self, batch: Batch, weights: torch.Tensor | None = None) -> ModeRun:
+    def run(
+        self, batch: Batch, weights: torch.Tensor | None = None, unit_ids: Any = None
+    ) -> ModeRun:
+        """As `OpacusMode.run`; with ids of the rows' units, (rows,), of units in the place of rows."""
         try:
             self.clear()
-            each = self._each_row(batch, weights)
+            each = self._each_row(batch, weights, unit_ids)
             named = self.parameters.items()
             norms = {name: each.norms[p] for name, p in named if p in each.norms}
             rows = {name: each.shares[p] for name, p in named if p in each.shares}
@@ -74,9 +77,11 @@ class BookMode(OpacusMode):
             self.discard()
             return ModeRun(error=first_line(error))
 
-    def _each_row(self, batch: Batch, weights: torch.Tensor | None) -> EachRow:
+    def _each_row(
+        self, batch: Batch, weights: torch.Tensor | None, unit_ids: Any = None
+    ) -> EachRow:
         each, losses = EachRow(list(self.parameters.values())), self.losses(batch)
-        self.wrapper.backward(losses if weights is None else losses * weights, each)
+        self.wrapper.backward(losses if weights is None else losses * weights, each, unit_ids)
         return each
 
     def losses(self, batch: Batch) -> torch.Tensor:

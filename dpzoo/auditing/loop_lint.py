@@ -8,8 +8,16 @@ import torch
 from torch import nn
 
 from dpzoo.auditing.record import Record
+from dpzoo.clipping.draws import CountedSampler
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
-from dpzoo.data import LockstepSampler
+from dpzoo.clipping.units import UnitRows
+from dpzoo.data import rows_of
+from dpzoo.opacus_internals import (
+    counts_ghost_norms,
+    is_ghost_optimizer,
+    is_poisson,
+    is_splitting,
+)
 
 
 class Loop:
@@ -21,9 +29,7 @@ class Loop:
         self.accountant = getattr(engine, "accountant", None)
         release = getattr(optimizer, "release", None)
         self.seeded = release is not None and not release.noise.is_secure
-        ghost = "FastGradientClipping" in type(optimizer).__name__ or hasattr(
-            model, "get_norm_sample"
-        )
+        ghost = is_ghost_optimizer(optimizer) or counts_ghost_norms(model)
         book = isinstance(optimizer, BookKeepingOptimizer)
         self.mode = "bk" if book else "ghost" if ghost else "hooks"
 
@@ -31,18 +37,9 @@ class Loop:
     def sampler(self) -> Any:
         """The batch sampler beneath a BatchMemoryManager's and the engine's count."""
         sampler: Any = getattr(self.loader, "batch_sampler", None)
-        while type(sampler).__name__ in ("BatchSplittingSampler", "CountedSampler"):
+        while is_splitting(sampler) or isinstance(sampler, CountedSampler):
             sampler = sampler.sampler
         return sampler
-
-    @property
-    def poisson(self) -> bool:
-        """Whether batches are drawn by Poisson sampling."""
-        sampler = self.sampler
-        return hasattr(sampler, "sample_rate") and (
-            "UniformWithReplacement" in type(sampler).__name__
-            or isinstance(sampler, LockstepSampler)
-        )
 
     def generators(self) -> list[torch.Generator]:
         """The generators that the optimizer, the loader and its samplers were given."""
@@ -60,9 +57,20 @@ class Loop:
             return None
         return len(data) if hasattr(data, "__getitem__") and hasattr(data, "__len__") else None
 
-    def collated(self, rows: Sequence[int]) -> Any:
-        """A batch of some rows, as the loader makes them."""
-        return self.loader.collate_fn([self.loader.dataset[i] for i in rows])
+    def rows_of(self, drawn: Sequence[int]) -> tuple[list[Any], list[int]]:
+        """The rows of some draw of rows, or of units: the rows, and what is drawn with each."""
+        data: Any = self.loader.dataset
+        if not isinstance(data, UnitRows):
+            return rows_of(data, list(drawn)), list(drawn)
+        chosen = {
+            unit: data.chosen(unit, lambda _, have, want: range(want)) for unit in data.draw(drawn)
+        }
+        labels = [unit for unit, rows in chosen.items() for _ in rows]
+        return rows_of(data.dataset, [row for rows in chosen.values() for row in rows]), labels
+
+    def collated(self, drawn: Sequence[int]) -> Any:
+        """The batch of a draw, as the loader makes it."""
+        return self.loader.collate_fn(self.rows_of(drawn)[0])
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -104,7 +112,7 @@ def sampling(loop: Loop, record: Record) -> None:
     """The sampler is Poisson, with the rate that is accounted."""
     sampler = loop.sampler
     rate = getattr(sampler, "sample_rate", None)
-    if not loop.poisson:
+    if not is_poisson(sampler):
         inner = type(getattr(sampler, "sampler", None)).__name__
         record.find(
             "privacy",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dpzoo.auditing.record import Record
+from dpzoo.opacus_internals import norms_of_rows
 
 STEPS = 2
 MOST_BATCHES = 16
@@ -111,7 +112,7 @@ class _Seen:
 def _clip_rate(loop: Any, seen: _Seen) -> None:
     """Count the rows that the coming step clips."""
     if loop.mode == "ghost":
-        norms = getattr(loop.wrapper, "_per_sample_gradient_norms", None)
+        norms = norms_of_rows(loop.wrapper)
     elif loop.mode == "bk":
         norms = loop.wrapper.per_sample_gradient_norms
     else:

@@ -24,6 +24,8 @@ from dpzoo.auditing.sensitivity import SLACK
 from dpzoo.clipping.draws import Draws
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import Release
+from dpzoo.clipping.units import Units
+from dpzoo.opacus_internals import STEP_STATE, forget_skips, is_poisson, norms_of
 
 ROWS = 5
 TOLERANCE = 1e-3
@@ -69,11 +71,19 @@ class Trial:
 
 
 class _Counted(Draws):
-    """Draws that are not held to anything, and whose rows are counted."""
+    """Draws that are not held to anything, and whose rows are counted.
 
-    def __init__(self) -> None:
+    Args:
+        labels: the units that the rows are of.
+    """
+
+    def __init__(self, labels: list[int]) -> None:
         super().__init__(strict=False)
-        self.rows = 0
+        self.rows, self.labels = 0, labels
+
+    def units(self, rows: int, ids: Any = None) -> Units:
+        """Those of the labels, where the rows are as many; else each row is one."""
+        return Units(self.labels if rows == len(self.labels) else range(rows))
 
     def take(self, rows: int, *rest: Any, **more: Any) -> None:
         self.rows += rows
@@ -99,11 +109,13 @@ class Trials:
         trial, loop, optimizer = Trial(), self.loop, self.optimizer
         before = self._state()
         kept = {name: vars(optimizer).get(name) for name in ("pre_step", "add_noise", "step_hook")}
+        queue = {name: copy.copy(vars(optimizer).get(name)) for name in STEP_STATE}
         clips = [o for o in (optimizer, loop.wrapper) if clip and "max_grad_norm" in vars(o)]
         norms = [o.max_grad_norm for o in clips]
         self._clear()
         if hasattr(optimizer, "draws"):
-            optimizer.draws, optimizer.release = _Counted(), Release(NoiseSource())
+            optimizer.draws = _Counted(loop.rows_of(draw)[1])
+            optimizer.release = Release(NoiseSource())
         for owner in clips:
             owner.max_grad_norm = clip
         optimizer.pre_step = self._pre_step(trial, optimizer.pre_step)
@@ -125,6 +137,7 @@ class Trials:
             trial.end = self._state()
             self._put_back(before)
             self._clear()
+            vars(optimizer).update(queue)
             for name, value in kept.items():
                 vars(optimizer).pop(name, None)
                 if value is not None:
@@ -161,7 +174,8 @@ class Trials:
             found = self._named({i: s.detach().clone() for i, s in sums.items() if s is not None})
             for name, value in found.items():
                 trial.sums[name] = trial.sums.get(name, 0) + value
-            trial.count += float(getattr(self.optimizer, "_halves", 0.0))
+            rule = getattr(self.optimizer, "rule", None)
+            trial.count += sum(float(count) for count in rule.counts()) if rule is not None else 0.0
             # bk's noise is for the largest C that the rows were clipped at.
             clips = (self.optimizer.max_grad_norm, getattr(self.optimizer, "_clipped_at", 0.0))
             trial.clip = max(clips) if isinstance(clips[0], (int, float)) else None
@@ -186,8 +200,8 @@ class Trials:
             rows, draws.rows = draws.rows, 0
             return rows
         for p in self.optimizer.params:
-            name = "_norm_sample" if self.loop.mode == "ghost" else "grad_sample"
-            sample = getattr(p, name, None)
+            ghost = self.loop.mode == "ghost"
+            sample = norms_of(p) if ghost else getattr(p, "grad_sample", None)
             if sample is not None:
                 return sum(map(len, sample)) if isinstance(sample, list) else len(sample)
         return None
@@ -229,8 +243,7 @@ class Trials:
             self.scheduler.load_state_dict(state["the scheduler's state"])
 
     def _clear(self) -> None:
-        vars(self.optimizer)["_step_skip_queue"] = []
-        self.optimizer._is_last_step_skipped = False
+        forget_skips(self.optimizer)
         if hasattr(self.optimizer, "sums"):
             self.optimizer.drop()
         self.optimizer.zero_grad()
@@ -278,11 +291,11 @@ def trials(loop: Loop, body: Callable[[Any], Any], scheduler: Any, record: Recor
             expected=f"{given.steps} step accounted",
             got=str(given.accounted),
         )
-    _judge_rows(record, given, rows)
+    _judge_rows(record, given, len(loop.rows_of(draw)[1]))
     _judge_seeds(loop, record, given, run(draw, seed=2))
     _judge_neighbours(loop, record, run, draw, given)
     _judge_memory(record, run, draw, other)
-    if loop.poisson:
+    if is_poisson(loop.sampler):
         _judge_empty(record, run([]))
 
 
@@ -442,18 +455,17 @@ def _judge_empty(record: Record, empty: Trial) -> None:
 
 def repeated_draws(loop: Loop, record: Record) -> None:
     """Two passes over the loader draw other rows."""
-    if not loop.poisson or not loop.size():
+    if not is_poisson(loop.sampler) or not loop.size():
         return
     states = [(g, g.get_state()) for g in loop.generators()]
-    queue = list(
-        getattr(loop.optimizer, "_step_skip_queue", [])
-    )  # a BatchMemoryManager announces parts
+    optimizer = loop.optimizer  # in which a BatchMemoryManager announces parts
+    kept = {name: copy.copy(vars(optimizer).get(name)) for name in STEP_STATE}
     try:
         one, two = (list(islice(iter(loop.loader), 3)) for _ in range(2))
     finally:
         for generator, state in states:
             generator.set_state(state)
-        vars(loop.optimizer)["_step_skip_queue"] = queue
+        vars(optimizer).update(kept)
     if len(one) > 1 and _equal(one, two):
         record.find(
             "privacy",

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from dpzoo.auditing.findings import CheckResult, Finding, Severity
 from dpzoo.auditing.numerics import errors
-from dpzoo.auditing.report import CheckResult, Finding, Severity
 
 
 class Record:

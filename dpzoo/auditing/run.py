@@ -18,7 +18,8 @@ from dpzoo.auditing.freshness import freshness
 from dpzoo.auditing.isolation import isolation
 from dpzoo.auditing.neighbours import neighbours
 from dpzoo.auditing.noise import noise
-from dpzoo.auditing.opacus_modes import MODES, first_line
+from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.own_batch import batch_of
 from dpzoo.auditing.randomness import kept_states
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
@@ -27,7 +28,7 @@ from dpzoo.auditing.sensitivity import sensitivity
 from dpzoo.auditing.statelessness import statelessness
 from dpzoo.auditing.subject import CannotRunError, Subject
 from dpzoo.errors import InputError
-from dpzoo.example_batch import batch_of
+from dpzoo.modes import MODES
 
 Check = Callable[[Subject, Record], None]
 
@@ -70,6 +71,7 @@ def audit(
     checks: Iterable[str] | None = None,
     quick: bool = False,
     progress: Callable[[str], None] | None = None,
+    unit_ids: Any = None,
 ) -> AuditReport:
     """Prove that a model's private training is right on a batch, or name what is wrong.
 
@@ -96,6 +98,8 @@ def audit(
         quick: by default fewer: the checks `dpzoo.auditing.run.QUICK`, mode "bk", 3 rows. A remark of the
             report says so.
         progress: called with the name of each check before it runs.
+        unit_ids: the ids of the units that the batch's rows are of, (rows,), as `make_private` takes them
+            in mode "bk": the sensitivity check then takes away a whole unit, too. The first four are tried.
 
     Returns:
         The report. ``report.ok`` is the verdict: False for a finding of severity privacy, crash or
@@ -111,6 +115,11 @@ def audit(
     """
     modes, names = chosen(modes, checks, quick)
     _refuse(model, max_grad_norm)
+    if unit_ids is not None and "bk" not in modes:
+        raise InputError(
+            f"audit got unit_ids and modes={modes}, wanted 'bk' among the modes: it alone clips the rows "
+            f"of a unit as one."
+        )
     start = time.perf_counter()
     with _quietly(model):
         if batch is None:
@@ -118,7 +127,13 @@ def audit(
 
         def subject(modes: tuple[str, ...], loss: Loss | None) -> Subject:
             return Subject(
-                model, batch, loss=loss, max_grad_norm=max_grad_norm, modes=modes, quick=quick
+                model,
+                batch,
+                loss=loss,
+                max_grad_norm=max_grad_norm,
+                modes=modes,
+                quick=quick,
+                unit_ids=unit_ids if "bk" in modes else None,
             )
 
         subjects = [subject(modes, loss)]
@@ -191,7 +206,7 @@ def chosen(
         modes = ("bk",) if quick else DEFAULT_MODES
     if checks is None:
         checks = QUICK if quick else CHECKS
-    return _known("modes", modes, MODES), _known("checks", checks, tuple(CHECKS))
+    return _known("modes", modes, tuple(MODES)), _known("checks", checks, tuple(CHECKS))
 
 
 def _known(what: str, given: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,7 +20,9 @@ from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_nor
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
 from dpzoo.auditing.randomness import Draws, numbers
 from dpzoo.auditing.row_losses import Loss, RowLoss
+from dpzoo.clipping.units import labels_of
 from dpzoo.errors import InputError
+from dpzoo.modes import MODES
 
 MOST_WHOLE = 64
 """Rows of the batch as given that are run together."""
@@ -41,6 +43,7 @@ class Subject:
         modes: see `dpzoo.audit`.
         rows_as_given: keep the number of rows of the batch.
         quick: take fewer rows.
+        unit_ids: see `dpzoo.audit`.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Subject:
         modes: tuple[str, ...],
         rows_as_given: bool = False,
         quick: bool = False,
+        unit_ids: Any = None,
     ) -> None:
         self.original = model
         self.max_grad_norm = max_grad_norm
@@ -60,6 +64,12 @@ class Subject:
         self.user_loss = loss
         given = Batch(batch)
         sizes = {size for p in model.parameters() for size in p.shape}
+        self.units = None if unit_ids is None else (given, labels_of(unit_ids, given.rows))
+        """The batch as it was given, and the ids of its rows' units; None without ids."""
+        if self.units is not None and len(set(self.units[1])) < 2:
+            raise InputError(
+                "audit got unit_ids of one unit, wanted at least 2: one is taken away."
+            )
         most = FEW_ROWS if quick else MOST_ROWS
         self.batch, self.remarks = (given, []) if rows_as_given else prepared(given, sizes, most)
         self.rows = self.batch.rows
@@ -302,7 +312,7 @@ class Subject:
         run = self.mode_run(mode)
         if run.error:
             return f"{mode} raises"
-        values = run.norms if mode == "ghost" else run.rows
+        values = run.values
         if values.keys() != self.parameters.keys():
             return f"{mode} lacks parameters"
         if any(len(value) != self.rows for value in values.values()):
@@ -316,7 +326,7 @@ class Subject:
             return {
                 mode
                 for mode in self.modes
-                if mode != "ghost"
+                if MODES[mode].rows
                 and not self.broken(mode)
                 and not disagreements(self.mode_run(mode).rows, self.oracle, self.tolerance)
             }

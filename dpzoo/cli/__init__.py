@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dpzoo.cli import audit, bench, convert
 from dpzoo.cli import list as list_  # within this file, `list` is the module, not the type
 from dpzoo.errors import DpzooError
+from dpzoo.versions import __version__
 
 COMMANDS = (list_, convert, audit, bench)
 
@@ -65,9 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of ``dpzoo`` with all its commands."""
-    # dpzoo.__version__ is read late: dpzoo/__init__.py may still be running when this is imported.
-    from dpzoo import __version__
-
     whole = argparse.ArgumentParser(
         prog="dpzoo",
         description="Transformers that train with differential privacy, from stock checkpoints and back.",

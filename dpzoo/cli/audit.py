@@ -18,13 +18,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from dpzoo.auditing import CHECKS, audit
-from dpzoo.auditing.opacus_modes import MODES, first_line
+from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.own_batch import batch_of
 from dpzoo.auditing.run import QUICK, chosen
 from dpzoo.cli.output import progress
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import DpzooError, InputError, UnsupportedModelError
-from dpzoo.example_batch import ROWS, batch_of
+from dpzoo.example_batch import ROWS
 from dpzoo.models.base import PerSampleModel
+from dpzoo.modes import MODES
 from dpzoo.pretrained import from_pretrained
 from dpzoo.registry import FAMILIES, class_by_name, list_models
 
