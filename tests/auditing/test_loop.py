@@ -68,6 +68,21 @@ def test_a_loop_of_physical_batches_passes(mode: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("most", [None, 2])
+def test_a_loop_of_units_passes(most: int | None) -> None:
+    """A trial's draw is of units: all rows of one are taken out."""
+    loop = Loop(
+        "bk",
+        max_grad_norm=20.0,
+        unit_ids=[row // 3 for row in range(30)] + [*range(30, 40)],
+        max_rows_per_unit=most,
+    )
+    report = audit_loop(*loop.objects(), step=loop.step)
+    assert report.ok, str(report)
+    assert not any(result.skipped for result in report)
+    assert report["loop trials"].largest["C"] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_a_memory_manager_that_ran_to_its_end_passes() -> None:
     loop = Loop()
     with BatchMemoryManager(
