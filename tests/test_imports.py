@@ -20,7 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("heads", "models"),
     ("registry",),
     ("catalogue", "conversion", "pretrained"),
-    ("auditing", "bench", "families", "integrations", "parity"),
+    ("families",),
+    ("auditing", "bench", "integrations", "parity"),
     ("training",),
     ("",),  # dpzoo/__init__.py
     ("cli",),
