@@ -8,7 +8,10 @@ per-sample gradient under Opacus, position embeddings and tied heads included. I
 checkpoint.
 """
 
-from dpzoo import versions  # noqa: F401  (warns of a transformers that the tests were not run with)
+from dpzoo import (
+    _program,  # noqa: F401  (first: an interruption of the program ends it without a traceback)
+    versions,  # noqa: F401  (warns of a transformers that the tests were not run with)
+)
 from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.conversion import convert, to_transformers

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from dpzoo.conversion import _convert
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
+from dpzoo.models.fields import refuse_sizes
 from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class, stock_class
 
 CONFIG_ARGUMENTS = (
@@ -47,13 +48,15 @@ def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -
 
     Raises:
         UnsupportedModelError: a family, task or saved class that dpzoo does not have.
-        UnsupportedConfigError: a config field that the class cannot honour.
+        UnsupportedConfigError: a config field that the class cannot honour, or a size that no model has.
         OSError: transformers cannot find or read the checkpoint.
     """
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
-        config = AutoConfig.from_pretrained(name_or_path if config is None else config, **where)
+        place = name_or_path if config is None else config
+        read_fields(place, **where)
+        config = AutoConfig.from_pretrained(place, **where)
     return load_class(_class_for(config, task, str(name_or_path)), name_or_path, **kwargs)
 
 
@@ -61,13 +64,41 @@ def load_class(cls: type[PerSampleModel], name_or_path: Any, *args: Any, **kwarg
     """``cls.from_pretrained``: load the stock class that ``cls`` replaces and convert it.
 
     Raises:
+        UnsupportedModelError: the checkpoint is of another family.
+        UnsupportedConfigError: as `from_pretrained`.
         ConversionError: ``cls`` is a user's subclass with parameters of its own.
     """
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        fields = {**vars(config), "model_type": config.model_type}
+    else:
+        fields = read_fields(name_or_path if config is None else config, **kwargs)
+    refuse_sizes(str(name_or_path), {**fields, **kwargs})
+    family = getattr(cls.config_class, "model_type", "")
+    if fields.get("model_type", family) != family:
+        raise UnsupportedModelError(
+            f"{cls.__name__} got {name_or_path}, which is of the family {fields['model_type']!r}, wanted "
+            f"{family!r}: none of its weights would be read. Use dpzoo.from_pretrained, which takes the "
+            f"class from the checkpoint."
+        )
     loaded = stock_class(cls).from_pretrained(name_or_path, *args, **kwargs)
     if kwargs.get("output_loading_info"):
         model, report = loaded
         return _convert(model, release=True, cls=cls), report
     return _convert(loaded, release=True, cls=cls)
+
+
+def read_fields(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
+    """A checkpoint's config.json, before a config is made of it.
+
+    Raises:
+        UnsupportedConfigError: as `dpzoo.models.fields.refuse_sizes`.
+        OSError: as `from_pretrained`.
+    """
+    where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
+    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(name_or_path, **where)[0]
+    refuse_sizes(str(name_or_path), fields)
+    return fields
 
 
 def from_config(
@@ -90,6 +121,7 @@ def from_config(
     build = {key: kwargs.pop(key) for key in ("dtype", "attn_implementation") if key in kwargs}
     if not isinstance(config, PreTrainedConfig):
         name = str(config)
+        refuse_sizes(name, {**read_fields(config, **kwargs), **kwargs})
         config = AutoConfig.from_pretrained(config, **kwargs)
     elif kwargs:
         raise UnsupportedModelError(

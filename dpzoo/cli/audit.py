@@ -12,11 +12,11 @@ import torch
 
 from dpzoo.auditing import CHECKS, audit
 from dpzoo.auditing.opacus_modes import MODES
-from dpzoo.cli.output import progress
+from dpzoo.checkpoints import load
+from dpzoo.cli.output import print_json, progress
 from dpzoo.conversion import to_transformers
-from dpzoo.errors import DpzooError, InputError
+from dpzoo.errors import InputError
 from dpzoo.example_batch import ROWS, example_batch
-from dpzoo.pretrained import from_pretrained
 from dpzoo.registry import CLASSES
 
 LONGEST = 32
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     """Audit, print the report; 1 if a privacy or crash check failed."""
     with progress() as say:
         say("loading")
-        model: Any = _load(options.model, options.task)
+        model: Any = load(options.model, options.task)
         task = next(task for (_, task), cls in CLASSES.items() if isinstance(model, cls))
         batch = example_batch(task, model.config, _texts(options))
         if options.stock:
@@ -78,18 +78,11 @@ def run(options: argparse.Namespace) -> int:
             checks=options.checks.split(",") if options.checks else None,
             progress=say,
         )
-    sys.stdout.write((report.to_json() if options.json else str(report)) + "\n")
+    if options.json:
+        print_json(report.to_dict())
+    else:
+        sys.stdout.write(f"{report}\n")
     return int(any(f.severity in ("privacy", "crash") for f in report.findings))
-
-
-def _load(name: str, task: str | None) -> Any:
-    """The dpzoo model, or an error of ours for a source that transformers cannot read."""
-    try:
-        return from_pretrained(name, task=task)
-    except (DpzooError, OSError):
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{name} cannot be loaded by transformers: {error}") from error
 
 
 def _texts(options: argparse.Namespace) -> dict[str, torch.Tensor] | None:

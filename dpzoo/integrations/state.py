@@ -26,7 +26,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpzoo.errors import InputError
+from dpzoo.files import is_part, whole_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,9 @@ class PrivacyState:
 
     def save(self, folder: str | Path) -> None:
         """Write ``privacy.json``, whole or not at all."""
-        _write(Path(folder) / STATE_NAME, {"version": VERSION, **asdict(self)})
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True)
+        write_text(Path(folder) / STATE_NAME, text + "\n")
 
     @classmethod
     def load(cls, checkpoint: str | Path) -> PrivacyState:
@@ -143,12 +145,8 @@ class PrivacyState:
 
 def save_random_state(state: dict[str, Any], folder: str | Path) -> None:
     """Write ``privacy_random_state.pt``, whole or not at all, readable by its owner only."""
-    path = Path(folder) / RANDOM_STATE_NAME
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        torch.save(state, file)
-    part.replace(path)
+    with whole_file(Path(folder) / RANDOM_STATE_NAME, mode=0o600) as part:
+        torch.save(state, part)
 
 
 def load_random_state(folder: str | Path) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def digests(folder: str | Path) -> dict[str, str]:
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != STATE_NAME:
+        if path.is_file() and name != STATE_NAME and not is_part(path):
             with path.open("rb") as file:
                 found[name] = (
                     hashlib.file_digest(file, "sha256").hexdigest()
@@ -193,10 +191,3 @@ def newest_whole(folder: str | Path) -> str | None:
             f"each was passed over. Give another output_dir to begin a new run."
         )
     return None
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -6,8 +6,11 @@ checkpoints are read and written in the stock layout.
 """
 
 import copy
+import os
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -18,6 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
 from dpzoo.errors import InputError
+from dpzoo.files import whole_folder
 from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
@@ -167,8 +171,48 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
         return hidden.detach().requires_grad_() if needs and not hidden.requires_grad else hidden
 
     # --- checkpoints are stock ------------------------------------------------------------------
-    # Writing needs nothing here: state_dict() has stock names and layouts, so transformers' own
-    # save_pretrained and push_to_hub write a stock checkpoint.
+    # state_dict() has stock names and layouts, so transformers' own save_pretrained and push_to_hub
+    # write a stock checkpoint.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, written aside and renamed into its place.
+
+        Other files of the folder stay; weights of an earlier checkpoint do not.
+
+        Raises:
+            InputError: ``save_directory`` is a file.
+            OSError: it could not be written; the checkpoint that was there before stands.
+
+        Guarantees:
+            Whenever the process ends, the old checkpoint or the new one is there, whole (see
+            `dpzoo.files.whole_folder` for folders with subfolders).
+        """
+        place = Path(save_directory)
+        if place.is_file():
+            raise InputError(f"save_pretrained got {place}, a file; wanted a folder.")
+        saves = getattr(self, "should_save_on_this_rank", lambda main: main)(is_main_process)
+        settings = {"state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
+        if not saves or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(place, is_main_process, **settings)
+            return
+        if push_to_hub:
+            settings.setdefault("repo_id", place.name)
+        variant = kwargs.get("variant")
+        weights = re.escape(f"model.{variant}" if variant else "model")
+        old = re.compile(rf"{weights}(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        adapters = getattr(
+            self, "_hf_peft_config_loaded", False
+        )  # which are all that is written then
+        with whole_folder(place, keep=lambda name: adapters or not old.fullmatch(name)) as folder:
+            super().save_pretrained(folder, is_main_process, **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
