@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpzoo.errors import DpzooError, InputError
 from dpzoo.models.base import PerSampleModel
-from dpzoo.pretrained import _class_for, read_fields
+from dpzoo.pretrained import _class_for, read_fields, refuse_unknown_family
 from dpzoo.registry import FAMILIES, model_class, stock_class
 
 MOST_NAMES = 6
@@ -69,6 +69,7 @@ def read_config(source: str | Path, family: str | None = None) -> PreTrainedConf
         if said is not None:
             if family not in (None, said):
                 raise InputError(f"{source} is of the family {said!r}, not {family!r}.")
+            refuse_unknown_family(said if isinstance(said, str) else repr(said), str(source))
             return AutoConfig.from_pretrained(source, **where)
         if family is None:
             raise InputError(
@@ -117,21 +118,28 @@ def lost(missing: Iterable[str], cls: type[PerSampleModel], config: PreTrainedCo
         missing: the names, of ``cls``.
         cls: the class that is loaded.
         config: the checkpoint's. It says from which class it was saved: what that one has, a whole
-            checkpoint has. Where that is no class of the same family, everything but heads is wanted.
+            checkpoint has. Where that is not known, everything but heads and poolers is wanted. Published
+            encoders that call themselves bare often have no pooler, which counts as a head's then.
     """
     names = {name.removeprefix(f"{cls.base_model_prefix}."): name for name in missing}
     if not names:
         return []
-    saved_as = getattr(transformers, str((config.architectures or [None])[0]), None)
+    base = stock_class(model_class(config.model_type, "base"))
+    saved_as = getattr(transformers, str((config.architectures or [None])[0]), base)
     try:
-        with torch.device("meta"):
-            wanted = set(saved_as(copy.deepcopy(config)).state_dict())  # type: ignore[misc]
-    except Exception:  # no such class, or one that cannot be built from this config
-        with torch.device("meta"):
-            base = stock_class(model_class(config.model_type, "base"))(copy.deepcopy(config))
-        wanted = {name for name in base.state_dict() if not name.startswith("pooler.")}
+        wanted = _names(saved_as, config)
+    except Exception:  # of another kind, or one that cannot be built from this config
+        saved_as, wanted = base, _names(base, config)
     wanted = {name.removeprefix(f"{cls.base_model_prefix}.") for name in wanted}
+    poolers = {name for name in wanted if name.startswith("pooler.")}
+    if saved_as is base and poolers <= names.keys():
+        wanted -= poolers
     return sorted(names[name] for name in wanted & names.keys())
+
+
+def _names(cls: Any, config: PreTrainedConfig) -> set[str]:
+    with torch.device("meta"):
+        return set(cls(copy.deepcopy(config)).state_dict())
 
 
 def some(names: list[str] | tuple[str, ...]) -> str:

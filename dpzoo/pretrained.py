@@ -133,12 +133,17 @@ def from_config(
     return _class_for(config, task, name)._from_config(config, **build)
 
 
-def _class_for(config: PreTrainedConfig, task: str | None, name: str) -> type[PerSampleModel]:
-    family = config.model_type
+def refuse_unknown_family(family: Any, name: str) -> None:
+    """Raise `UnsupportedModelError` for what is none of the zoo's families."""
     if family not in FAMILIES:
         raise UnsupportedModelError(
             f"{name} is of the family {family!r}. Wanted one of: {', '.join(FAMILIES)}."
         )
+
+
+def _class_for(config: PreTrainedConfig, task: str | None, name: str) -> type[PerSampleModel]:
+    family = config.model_type
+    refuse_unknown_family(family, name)
     if task is not None:
         return model_class(family, task)
     saved_as = (config.architectures or [None])[0]

@@ -40,8 +40,8 @@ def killed_at_each_instant(work: Callable[[], Any]) -> Iterator[int]:
     """Run the work again and again, each time killed (SIGKILL) one event later, until it gets to its end.
 
     Yields:
-        The number of the event, after the child is gone. The caller looks at what is there, and lays out what
-        the work starts from once more.
+        The number of the event, after the child is gone. The caller looks at what is there, and lays out
+        once more what the work starts from.
     """
     at = 0
     while True:

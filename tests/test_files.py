@@ -1,4 +1,4 @@
-"""Whole files and folders: at any instant the old or the new stands, and nothing is left that is not cleaned."""
+"""Whole files and folders: at any instant the old or the new stands, and what is left is cleaned up."""
 
 import os
 import stat
