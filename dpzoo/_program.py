@@ -12,7 +12,8 @@ from pathlib import Path
 
 def is_program() -> bool:
     """Whether the process was started as ``dpzoo`` or ``python -m dpzoo.cli``."""
-    return Path(sys.argv[0]).stem == "dpzoo" or sys.orig_argv[1:3] == ["-m", "dpzoo.cli"]
+    started = sys.argv[0]  # "-m" while the module that it names is being looked for
+    return Path(started).stem == "dpzoo" or (started == "-m" and "dpzoo.cli" in sys.orig_argv)
 
 
 if is_program() and threading.current_thread() is threading.main_thread():
