@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from dpzoo.errors import DpzooError, InputError
 from dpzoo.models.base import PerSampleModel
-from dpzoo.pretrained import _class_for, read_fields, refuse_unknown_family
+from dpzoo.models.fields import read_fields
+from dpzoo.pretrained import _class_for, refuse_unknown_family
 from dpzoo.registry import FAMILIES, model_class, stock_class
 
 MOST_NAMES = 6

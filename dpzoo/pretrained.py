@@ -11,21 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from dpzoo.conversion import _convert
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
-from dpzoo.models.fields import refuse_sizes
+from dpzoo.models.fields import CONFIG_ARGUMENTS, read_fields, refuse_checkpoint, refuse_sizes
 from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class, stock_class
-
-CONFIG_ARGUMENTS = (
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-"""Arguments that say where a checkpoint lies; they are needed to find its config too."""
 
 
 def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -> PerSampleModel:
@@ -68,37 +55,12 @@ def load_class(cls: type[PerSampleModel], name_or_path: Any, *args: Any, **kwarg
         UnsupportedConfigError: as `from_pretrained`.
         ConversionError: ``cls`` is a user's subclass with parameters of its own.
     """
-    config = kwargs.get("config")
-    if isinstance(config, PreTrainedConfig):
-        fields = {**vars(config), "model_type": config.model_type}
-    else:
-        fields = read_fields(name_or_path if config is None else config, **kwargs)
-    refuse_sizes(str(name_or_path), {**fields, **kwargs})
-    family = getattr(cls.config_class, "model_type", "")
-    if fields.get("model_type", family) != family:
-        raise UnsupportedModelError(
-            f"{cls.__name__} got {name_or_path}, which is of the family {fields['model_type']!r}, wanted "
-            f"{family!r}: none of its weights would be read. Use dpzoo.from_pretrained, which takes the "
-            f"class from the checkpoint."
-        )
+    refuse_checkpoint(cls, name_or_path, **kwargs)
     loaded = stock_class(cls).from_pretrained(name_or_path, *args, **kwargs)
     if kwargs.get("output_loading_info"):
         model, report = loaded
         return _convert(model, release=True, cls=cls), report
     return _convert(loaded, release=True, cls=cls)
-
-
-def read_fields(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
-    """A checkpoint's config.json, before a config is made of it.
-
-    Raises:
-        UnsupportedConfigError: as `dpzoo.models.fields.refuse_sizes`.
-        OSError: as `from_pretrained`.
-    """
-    where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
-    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(name_or_path, **where)[0]
-    refuse_sizes(str(name_or_path), fields)
-    return fields
 
 
 def from_config(

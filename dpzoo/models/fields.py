@@ -28,7 +28,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from dpzoo.errors import UnsupportedConfigError
+from dpzoo.errors import UnsupportedConfigError, UnsupportedModelError
 
 _FULL_ATTENTION = "every layer attends to the whole sequence, over a cache of its own"
 _ONE_ROW = "a row of the batch is one sequence: packed ones would be several privacy units"
@@ -172,6 +172,65 @@ def refuse_sizes(name: str, fields: Mapping[str, Any]) -> None:
             f"{name} has a config of {count:.1e} parameters (width {width}, {layers} layers, tables of "
             f"{', '.join(map(str, tables))} rows), wanted at most {memory / 2:.1e}, for which this machine "
             f"has memory. Set what is wrong to what the weights have."
+        )
+
+
+CONFIG_ARGUMENTS = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Arguments that say where a checkpoint lies; they are needed to find its config too."""
+
+
+def read_fields(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
+    """A checkpoint's config.json, before a config is made of it.
+
+    Args:
+        name_or_path: hub id or folder.
+        **kwargs: `CONFIG_ARGUMENTS`; others are left alone.
+
+    Raises:
+        UnsupportedConfigError: as `refuse_sizes`.
+        OSError: transformers cannot find or read it.
+    """
+    where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
+    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(name_or_path, **where)[0]
+    refuse_sizes(str(name_or_path), fields)
+    return fields
+
+
+def refuse_checkpoint(cls: Any, name_or_path: Any, **kwargs: Any) -> None:
+    """Raise for a checkpoint that a class would not read, or could not, before it is tried.
+
+    Args:
+        cls: the class that is loaded.
+        name_or_path: hub id or folder.
+        **kwargs: of ``from_pretrained``.
+
+    Raises:
+        UnsupportedModelError: it is of another family.
+        UnsupportedConfigError: as `refuse_sizes`, for the checkpoint's config and for overrides of it.
+        OSError: as `read_fields`.
+    """
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        fields = {**vars(config), "model_type": config.model_type}
+    else:
+        fields = read_fields(name_or_path if config is None else config, **kwargs)
+    refuse_sizes(str(name_or_path), {**fields, **kwargs})
+    family = getattr(cls.config_class, "model_type", "")
+    if fields.get("model_type", family) != family:
+        raise UnsupportedModelError(
+            f"{cls.__name__} got {name_or_path}, which is of the family {fields['model_type']!r}, wanted "
+            f"{family!r}: none of its weights would be read. Use dpzoo.from_pretrained, which takes the "
+            f"class from the checkpoint."
         )
 
 
