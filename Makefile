@@ -12,6 +12,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= logical
+FUZZ    ?= 100
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.dpzoo-installed
@@ -20,7 +21,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all matrix bench lint format build clean
+.PHONY: help install demo test test-slow test-all fuzz matrix bench lint format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +51,9 @@ test-slow: $(STAMP)  ## run the exhaustive sweeps only
 
 test-all: $(STAMP)  ## run the tests and the exhaustive sweeps
 	$(PYTEST) -m 'slow or not slow'
+
+fuzz: $(STAMP)  ## try random models, batches and damaged files, many times the tests' number (FUZZ=100: hours)
+	DPZOO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
 
 matrix: $(STAMP)  ## run the tests with the oldest and the newest versions, and write docs/versions.md (an hour)
 	$(BIN)/python .ci/matrix

@@ -56,6 +56,8 @@ ABSURD = [
     ({"layer_norm_eps": -1.0}, r"layer_norm_eps=-1.0, wanted a number from 0 on"),
     ({"layer_norm_eps": float("nan")}, r"layer_norm_eps=nan, wanted a number from 0 on"),
     ({"id2label": {"one": "good"}}, r"id2label=\{'one': 'good'\}, wanted an object with a name for each"),
+    ({"architectures": [["BertModel"]]}, r"architectures=\[\['BertModel'\]\], wanted a list of names"),
+    ({"architectures": {"0": "BertModel"}}, r"architectures=\{'0': 'BertModel'\}, wanted a list of names"),
     ({"id2label": ["good"]}, r"id2label=\['good'\], wanted an object with a name for each"),
     (
         {"hidden_size": 900_000, "vocab_size": 90_000_000},

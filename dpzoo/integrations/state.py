@@ -17,8 +17,8 @@ done again with anything different (other rows, another dropout, changed data) h
 paid for once more. Nothing has to be compared for that. Settings are compared all the same: a run whose
 settings change halfway is rarely meant.
 
-``privacy.json`` is written last, and has a digest of every other file: a checkpoint without it, or with a
-file that is not as it was, is not whole.
+``privacy.json`` is written last, and has a digest of itself and of every other file: a checkpoint without
+it, or with a file that is not as it was, is not whole.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 STATE_NAME = "privacy.json"
 RANDOM_STATE_NAME = "privacy_random_state.pt"
 LEDGER_NAME = "privacy_ledger.jsonl"
-VERSION = 2
+VERSION = 3
 
 History = list[tuple[float, float, int]]
 """(noise multiplier, sample rate, steps), as Opacus' accountants keep it."""
@@ -78,7 +78,8 @@ class PrivacyState:
     def save(self, folder: str | Path) -> None:
         """Write ``privacy.json``, whole or not at all."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, sort_keys=True)
+        fields = {"version": VERSION, **asdict(self)}
+        text = json.dumps({**fields, "digest": _digest(fields)}, indent=1, sort_keys=True)
         write_text(Path(folder) / STATE_NAME, text + "\n")
 
     @classmethod
@@ -99,8 +100,11 @@ class PrivacyState:
                 )
         try:
             fields = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-            version = fields.pop("version")
-        except (ValueError, KeyError, AttributeError) as error:
+            version, digest = fields["version"], fields.pop("digest", None)
+            if version == VERSION and digest != _digest(fields):
+                raise ValueError("it does not have the digest of what it says")
+            del fields["version"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{folder / STATE_NAME} is damaged ({error!r}), so it is not known what has been spent. "
                 f"Resume from an earlier checkpoint."
@@ -141,6 +145,10 @@ class PrivacyState:
                 f"set of terms. Resume with the same settings, or train a new model from the checkpoint's "
                 f"weights: the two runs' epsilons then add up."
             )
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def save_random_state(state: dict[str, Any], folder: str | Path) -> None:

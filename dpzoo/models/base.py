@@ -34,6 +34,21 @@ from dpzoo.models.fields import (
     REFUSED_FIELDS,
     refuse_fields,
 )
+from dpzoo.shapes import check
+
+MASKS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+)
+"""Dtypes of an attention mask; what counts is whether an entry is 0."""
 
 
 class ForwardArguments(TypedDict, total=False):
@@ -252,6 +267,8 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
             position_ids: (rows, seq); with no mask given, rows that restart are packed sequences.
         """
         rows = unfold_choices(hidden, num_choices)
+        if attention_mask is not None:
+            self._check_mask(attention_mask, rows, num_choices, cache)
         if attention_mask is not None and attention_mask.ndim == 3:
             attention_mask = attention_mask.reshape(rows.shape[0], attention_mask.shape[-1])
         config = self.config
@@ -263,6 +280,29 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
                 config, rows, attention_mask, cache, position_ids=position_ids
             )
         return create_bidirectional_mask(config, rows, attention_mask)
+
+    def _check_mask(
+        self, mask: torch.Tensor, rows: torch.Tensor, num_choices: int, cache: Any
+    ) -> None:
+        """Refuse a mask that does not belong to (batch * num_choices, seq, hidden) new tokens."""
+        count, seq = rows.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        static = getattr(cache, "is_compileable", False)  # it is as long as it was made
+        whole = "kv_len" if isinstance(past, torch.Tensor) or static else past + seq
+        shapes: list[tuple[int | str, ...]] = [(count, whole)]
+        rank = getattr(mask, "ndim", 0)
+        if num_choices > 1 or rank == 3:
+            shapes.append((count // num_choices, num_choices, whole))
+        if rank == 4:
+            shapes += [(n, "heads", seq, whole) for n in (1, count)]
+        check(
+            "attention_mask",
+            mask,
+            *shapes,
+            dtypes=MASKS,
+            of=f"{type(self).__name__}.forward()",
+            advice="It has an entry for each token, those in the cache included: nonzero for real ones.",
+        )
 
     def _finish(self, output: Any, losses: torch.Tensor | None) -> Any:
         """Attach the rows' losses, (batch,) or None, to an output; under Opacus, see `_keep_wide`.
@@ -387,17 +427,49 @@ def unfold_choices(hidden: torch.Tensor, num_choices: int) -> torch.Tensor:
 
 
 def one_input(
-    name: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    name: str,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    table: Any,
+    *,
+    choices: bool = False,
 ) -> torch.Tensor:
-    """Whichever of the two inputs is given.
+    """Whichever of the two inputs is given, checked.
+
+    Args:
+        name: the class, for the message.
+        input_ids: (batch, seq), or with ``choices`` (batch, num_choices, seq) too.
+        inputs_embeds: the same with a last dimension hidden.
+        table: the token embedding.
+        choices: whether there may be a dimension of choices.
 
     Raises:
-        InputError: both or neither are.
+        InputError: both or neither are given, or one of another type, dtype or shape, without a token, or
+            with ids that the table does not have.
     """
     if (input_ids is None) == (inputs_embeds is None):
         got = "both" if input_ids is not None else "neither"
         raise InputError(
             f"You must specify exactly one of input_ids or inputs_embeds; {name}.forward() got {got}."
+        )
+    shapes: list[tuple[int | str, ...]] = [("batch", "seq")]
+    if choices:
+        shapes.append(("batch", "num_choices", "seq"))
+    of = f"{name}.forward()"
+    if input_ids is not None:
+        size = getattr(table, "num_embeddings", None)
+        advice = "Do the tokenizer and the model belong together?"
+        check("input_ids", input_ids, *shapes, high=size, of=of, advice=advice)
+        tokens = input_ids.shape
+    else:
+        width = getattr(table, "embedding_dim", "hidden")
+        full = [(*shape, width) for shape in shapes]
+        check("inputs_embeds", inputs_embeds, *full, dtypes=None, of=of)
+        tokens = inputs_embeds.shape[:-1]  # type: ignore[union-attr]
+    if tokens[0] and not all(tokens):
+        raise InputError(
+            f"{of} got inputs of shape {tuple(tokens)}, wanted at least one token a sequence. Leave empty "
+            f"texts out, or give them a special token (add_special_tokens=True)."
         )
     return input_ids if input_ids is not None else inputs_embeds  # type: ignore[return-value]
 

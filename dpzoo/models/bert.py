@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
 from dpzoo.layers.encoder import EncoderLayer, activation
-from dpzoo.losses import batch_mean, token_losses
+from dpzoo.losses import batch_mean, class_losses, token_losses
 from dpzoo.models import heads
 from dpzoo.models.base import (
     ForwardArguments,
@@ -163,7 +163,9 @@ class BertForPreTraining(_BertLM):
         losses = None
         if labels is not None and next_sentence_label is not None:
             losses = token_losses(prediction_logits, labels)
-            losses = losses + token_losses(relationship_logits, next_sentence_label.reshape(-1))
+            losses = losses + class_losses(
+                relationship_logits, next_sentence_label, "next_sentence_label"
+            )
         output = BertForPreTrainingOutput(
             loss=batch_mean(losses),
             prediction_logits=prediction_logits,
@@ -287,7 +289,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
             **kwargs,
         )
         logits = self.cls.seq_relationship(body.pooler_output)
-        losses = None if labels is None else token_losses(logits, labels.reshape(-1))
+        losses = None if labels is None else class_losses(logits, labels)
         output = NextSentencePredictorOutput(
             loss=batch_mean(losses),
             logits=logits,

@@ -132,7 +132,8 @@ class EncoderBody(PerSampleModel):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        given = one_input(name, input_ids, inputs_embeds)
+        tables = self.embeddings
+        given = one_input(name, input_ids, inputs_embeds, tables.word_embeddings)
         batch, seq = given.shape[0], given.shape[1] // num_choices
         config = self.config
         if config.is_decoder:
@@ -151,8 +152,12 @@ class EncoderBody(PerSampleModel):
         if token_type_ids is None:
             token_type_ids = torch.zeros(1, seq, dtype=torch.long, device=given.device)
         shape = {"batch": batch, "num_choices": num_choices, "seq": seq}
-        position_ids = rows_of_ids(position_ids, name="position_ids", **shape)
-        token_type_ids = rows_of_ids(token_type_ids, name="token_type_ids", **shape)
+        position_ids = rows_of_ids(
+            position_ids, name="position_ids", table=tables.position_embeddings, **shape
+        )
+        token_type_ids = rows_of_ids(
+            token_type_ids, name="token_type_ids", table=tables.token_type_embeddings, **shape
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
 

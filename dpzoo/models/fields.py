@@ -146,8 +146,8 @@ def refuse_sizes(name: str, fields: Mapping[str, Any]) -> None:
 
     Raises:
         UnsupportedConfigError: a size that is no whole number or out of `SIZES`, a rate of dropout out of 0
-            to 1, an eps or a standard deviation below 0, labels that are no mapping from numbers, or more
-            parameters than this machine has memory for in 16 bits.
+            to 1, an eps or a standard deviation below 0, labels that are no mapping from numbers, classes
+            that are no names, or more parameters than this machine has memory for in 16 bits.
     """
     for field, wanted in _wrong_values(fields):
         value = repr(fields[field])
@@ -253,6 +253,9 @@ def _wrong_values(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         elif field in ("initializer_range", "layer_norm_eps", "layer_norm_epsilon"):
             if not (number and 0 <= value < math.inf):
                 yield field, "a number from 0 on"
+        elif field == "architectures" and value is not None:
+            if not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
+                yield field, "a list of names of classes"
         elif field == "id2label" and value is not None:
             keys = [str(key) for key in value] if isinstance(value, Mapping) else ["none"]
             if len(keys) > SIZES["num_labels"][1] or not all(key.isdecimal() for key in keys):

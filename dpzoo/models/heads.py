@@ -18,14 +18,17 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from dpzoo.errors import InputError
 from dpzoo.losses import (
     batch_mean,
     causal_losses,
+    class_losses,
     sequence_losses,
     span_losses,
     token_losses,
 )
 from dpzoo.models.cache import CACHE
+from dpzoo.shapes import check
 
 Projection = Callable[..., torch.Tensor]
 
@@ -126,6 +129,11 @@ def choose(
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     given = ids if ids is not None else embeds
     if given is not None:
+        of, shape = f"{type(model).__name__}.forward()", ("batch", "num_choices", "seq")
+        if ids is not None:
+            check("input_ids", ids, shape, of=of)
+        if embeds is not None:
+            check("inputs_embeds", embeds, (*shape, "hidden"), dtypes=None, of=of)
         batch, num_choices, seq = given.shape[:3]
         inputs["num_choices"] = num_choices
         if ids is not None:
@@ -134,7 +142,7 @@ def choose(
             inputs["inputs_embeds"] = embeds.reshape(batch, num_choices * seq, embeds.shape[-1])
     body = model.base_model(**inputs)
     logits = project(body, num_choices).reshape(batch, num_choices)
-    losses = None if labels is None else token_losses(logits, labels.reshape(batch))
+    losses = None if labels is None else class_losses(logits, labels)
     output = MultipleChoiceModelOutput(
         loss=batch_mean(losses),
         logits=logits,
@@ -153,6 +161,7 @@ def answer(
 ) -> QuestionAnsweringModelOutput:
     """Logits (batch, seq) of a span's first and last token."""
     body = model.base_model(**inputs)
+    refuse_choices(model, body.last_hidden_state)
     start_logits, end_logits = (
         half.squeeze(-1).contiguous() for half in project(body.last_hidden_state).split(1, dim=-1)
     )
@@ -168,6 +177,15 @@ def answer(
         attentions=body.attentions,
     )
     return model._finish(output, losses)
+
+
+def refuse_choices(model: Any, hidden: torch.Tensor) -> None:
+    """Raise `InputError` where a row has several sequences, and the head reads one."""
+    if hidden.ndim != 3:
+        raise InputError(
+            f"{type(model).__name__}.forward() got inputs of shape {tuple(hidden.shape[:-1])}, wanted "
+            f"(batch, seq): this head reads one sequence a row."
+        )
 
 
 def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
