@@ -24,19 +24,25 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
-from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.attention import (
+    attend,
+    first_tokens,
+    merge_heads,
+    refuse_uneven_heads,
+    split_heads,
+)
 from dpzoo.layers.embeddings import (
     HoldsTables,
     PositionEmbedding,
     TokenEmbedding,
     rows_of_ids,
 )
-from dpzoo.layers.encoder import activation, first_tokens, refuse_uneven_heads
 from dpzoo.layers.lm_head import LMHead, TiedBias
 from dpzoo.models import heads
 from dpzoo.models.base import (
     ForwardArguments,
     PerSampleModel,
+    activation,
     one_input,
     refuse_arguments,
     refuse_too_long,
@@ -241,7 +247,7 @@ class AlbertModel(AlbertPreTrainedModel):
         """
         name = type(self).__name__
         refuse_arguments(name, kwargs)
-        given = one_input(name, input_ids, inputs_embeds)
+        given = one_input(name, input_ids, inputs_embeds, self.embeddings.word_embeddings)
         batch, seq = given.shape[:2]
         if position_ids is None:
             refuse_too_long(name, seq, 0, self.config.max_position_embeddings)
@@ -249,8 +255,18 @@ class AlbertModel(AlbertPreTrainedModel):
         if token_type_ids is None:
             token_type_ids = torch.zeros(seq, dtype=torch.long, device=given.device)
         shape = {"batch": batch, "num_choices": 1, "seq": seq}
-        position_ids = rows_of_ids(position_ids, name="position_ids", **shape)
-        token_type_ids = rows_of_ids(token_type_ids, name="token_type_ids", **shape)
+        position_ids = rows_of_ids(
+            position_ids,
+            name="position_ids",
+            table=self.embeddings.position_embeddings,
+            **shape,
+        )
+        token_type_ids = rows_of_ids(
+            token_type_ids,
+            name="token_type_ids",
+            table=self.embeddings.token_type_embeddings,
+            **shape,
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
 

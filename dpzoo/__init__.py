@@ -8,10 +8,7 @@ per-sample gradient under Opacus, position embeddings and tied heads included. I
 checkpoint.
 """
 
-from dpzoo import (
-    _program,  # noqa: F401  (first: an interruption of the program ends it without a traceback)
-    versions,  # noqa: F401  (warns of a transformers that the tests were not run with)
-)
+from dpzoo import _program  # noqa: F401  (first: an interruption ends the program without a traceback)
 from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.conversion import convert, to_transformers
@@ -62,8 +59,7 @@ from dpzoo.models.roberta import (
 )
 from dpzoo.pretrained import from_config, from_pretrained
 from dpzoo.registry import list_models
-
-__version__ = "0.1.0"
+from dpzoo.versions import __version__  # warns of a transformers that the tests were not run with
 
 __all__ = [
     "AuditFailedError",
@@ -104,6 +100,7 @@ __all__ = [
     "RobertaModel",
     "UnsupportedConfigError",
     "UnsupportedModelError",
+    "__version__",
     "audit",
     "audit_loop",
     "convert",

@@ -8,11 +8,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from dpzoo.conversion import _convert
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
-from dpzoo.models.fields import CONFIG_ARGUMENTS, read_fields, refuse_checkpoint, refuse_sizes
-from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class, stock_class
+from dpzoo.models.fields import CONFIG_ARGUMENTS, read_fields, refuse_sizes
+from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class
 
 
 def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -> PerSampleModel:
@@ -44,23 +43,7 @@ def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -
         place = name_or_path if config is None else config
         read_fields(place, **where)
         config = AutoConfig.from_pretrained(place, **where)
-    return load_class(_class_for(config, task, str(name_or_path)), name_or_path, **kwargs)
-
-
-def load_class(cls: type[PerSampleModel], name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-    """``cls.from_pretrained``: load the stock class that ``cls`` replaces and convert it.
-
-    Raises:
-        UnsupportedModelError: the checkpoint is of another family.
-        UnsupportedConfigError: as `from_pretrained`.
-        ConversionError: ``cls`` is a user's subclass with parameters of its own.
-    """
-    refuse_checkpoint(cls, name_or_path, **kwargs)
-    loaded = stock_class(cls).from_pretrained(name_or_path, *args, **kwargs)
-    if kwargs.get("output_loading_info"):
-        model, report = loaded
-        return _convert(model, release=True, cls=cls), report
-    return _convert(loaded, release=True, cls=cls)
+    return _class_for(config, task, str(name_or_path)).from_pretrained(name_or_path, **kwargs)
 
 
 def from_config(

@@ -50,20 +50,25 @@ class BookMode(OpacusMode):
     def prepare(self, model: torch.nn.Module) -> Any:
         return BookKeepingModule(model)
 
-    def run(self, batch: Batch, weights: torch.Tensor | None = None) -> ModeRun:
+    def run(
+        self, batch: Batch, weights: torch.Tensor | None = None, unit_ids: Any = None
+    ) -> ModeRun:
+        """As `OpacusMode.run`; with ids of the rows' units, (rows,), of units in the place of rows."""
         try:
             made = ModeRun()
             shares: dict[str, list[torch.Tensor]] = {}
-            for row in range(max(batch.rows, 1)):
+            count = batch.rows if unit_ids is None else len(set(unit_ids))
+            for row in range(max(count, 1)):
                 self.clear()
                 one = OneRow(list(self.parameters.values()), row)
                 losses = self.losses(batch)
-                self.wrapper.backward(losses if weights is None else losses * weights, one)
+                losses = losses if weights is None else losses * weights
+                self.wrapper.backward(losses, one, unit_ids)
                 for name, p in self.parameters.items():
                     if p in one.norms:
                         made.norms[name] = one.norms[p]
                         shares.setdefault(name, []).append(one.sums[p].detach())
-            made.rows = {name: torch.stack(rows)[: batch.rows] for name, rows in shares.items()}
+            made.rows = {name: torch.stack(rows)[:count] for name, rows in shares.items()}
             self.clear()
             return made
         except Exception as error:

@@ -7,6 +7,7 @@ from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
+from dpzoo.modes import MODES
 
 
 def edges(subject: Subject, record: Record) -> None:
@@ -20,8 +21,8 @@ def edges(subject: Subject, record: Record) -> None:
         with subject.usable(mode, record.skipped) as usable:
             if not usable:
                 continue
-        if mode == "ew":
-            record.skip("ew: torch's ExpandedWeights refuse empty batches")
+        if not MODES[mode].empty:
+            record.skip(f"{mode}: torch's ExpandedWeights refuse empty batches")
             continue
         record.ran()
         _sizes(subject, record, mode)
@@ -98,7 +99,7 @@ def _innocent_rows(subject: Subject, record: Record) -> None:
         record.ran()
         bad = [name for name, g in gradient.items() if not bool(g.isfinite().all())]
         if bad:
-            left_out = set(subject.modes) == {"bk"}
+            left_out = all(MODES[mode].own for mode in subject.modes)
             record.find(
                 "note" if left_out else "privacy",
                 f"a row's gradient is not finite if {title}: "
@@ -127,23 +128,24 @@ def _poisoned(subject: Subject, record: Record) -> None:
         weights[0] = float("nan")
         run = subject.opacus(mode).run(subject.batch, weights)
         subject.opacus(mode).discard()
-        values = run.norms if mode == "ghost" else run.rows
+        values = run.values
         if run.error or not values:
             continue
         record.ran()
-        first = 0 if mode == "bk" else 1
+        own = MODES[mode].own
+        first = 0 if own else 1
         healthy = [bool(v[first:].isfinite().all()) for v in values.values()]
         if not all(healthy):
             names = [n for n, ok in zip(values, healthy, strict=True) if not ok]
             record.find(
                 "privacy",
                 "a NaN in one row's loss makes other rows' gradients NaN"
-                + (", or is not left out of the sum" if mode == "bk" else ""),
+                + (", or is not left out of the sum" if own else ""),
                 "rows meet somewhere; see isolation",
                 parameters=names,
                 mode=mode,
             )
-        if mode != "bk":
+        if not own:
             spread.append(mode)
     if spread:
         record.find(

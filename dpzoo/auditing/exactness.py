@@ -12,6 +12,7 @@ from dpzoo.auditing.numerics import (
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
+from dpzoo.modes import MODES
 
 
 def exactness(subject: Subject, record: Record) -> None:
@@ -29,10 +30,10 @@ def exactness(subject: Subject, record: Record) -> None:
             if not usable:
                 continue
         record.ran()
-        if mode != "ghost":
+        if MODES[mode].rows:
             _rows(subject, record, mode, oracle)
-        if mode in ("ghost", "bk"):
-            summed = oracle if mode == "ghost" else subject.mode_run(mode).rows
+        if MODES[mode].norms:
+            summed = subject.mode_run(mode).rows if MODES[mode].rows else oracle
             _norms(subject, record, mode, summed)
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from dpzoo import opacus_internals as internals
+from dpzoo.auditing.findings import CheckResult
 from dpzoo.auditing.loop_lint import Loop, parameters, sampling, settings
 from dpzoo.auditing.loop_observation import observe
 from dpzoo.auditing.noise import measure
 from dpzoo.auditing.numerics import Gradients, row_norms
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.report import AuditReport, CheckResult
+from dpzoo.auditing.report import AuditReport
 from dpzoo.clipping.draws import Draws
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import Release
@@ -126,7 +128,7 @@ def _freshness(loop: Loop, record: Record) -> None:
     elif loop.mode == "bk":  # counts what is trainable in the batch itself
         late = []
     else:
-        late = [n for n, p in loop.trainable.items() if not hasattr(p, "_forward_counter")]
+        late = [n for n, p in loop.trainable.items() if not internals.counts_uses(p)]
     if late:
         record.find(
             "privacy",
@@ -136,8 +138,8 @@ def _freshness(loop: Loop, record: Record) -> None:
             parameters=late,
             mode=loop.mode,
         )
-    queue = list(getattr(loop.optimizer, "_step_skip_queue", []))
-    if queue or getattr(loop.optimizer, "_is_last_step_skipped", False):
+    queue = internals.announced(loop.optimizer)
+    if queue or internals.skipped_last(loop.optimizer):
         record.find(
             "privacy",
             "a BatchMemoryManager was left early: the optimizer still skips steps for physical batches "
@@ -172,12 +174,12 @@ def _freshness(loop: Loop, record: Record) -> None:
 def _own_noise(loop: Loop) -> Iterator[None]:
     """Sums and noise of the audit's own in dpzoo's engine: the run's go on as if nothing had been."""
     optimizer = loop.optimizer
-    names = ("release", "draws", "sums", "_trained", "_clipped_at", "max_grad_norm", "_halves")
+    names = ("release", "draws", "sums", "_trained", "_clipped_at", "max_grad_norm", "rule")
     kept = {n: vars(optimizer)[n] for n in names if n in vars(optimizer)}
     if "release" in kept:
         optimizer.release = Release(NoiseSource())
     if "sums" in kept:
-        optimizer.sums = {}
+        optimizer.sums, optimizer.rule = {}, copy.copy(kept["rule"])
     try:
         yield
     finally:
@@ -190,18 +192,12 @@ def _own_noise(loop: Loop) -> Iterator[None]:
 def _restored(loop: Loop) -> Iterator[None]:
     """Gradients, Opacus' attributes, the optimizer's settings and generator put back."""
     optimizer = loop.optimizer
-    names = ("grad", "grad_sample", "summed_grad", "_norm_sample", "_current_grad_sample")
+    names = ("grad", *internals.LEFT_ON_PARAMETERS)
     parameters = list(optimizer.params)
     kept = [{n: getattr(p, n) for n in names if hasattr(p, n)} for p in parameters]
     settings = {
         n: copy.copy(vars(optimizer)[n])
-        for n in (
-            "noise_multiplier",
-            "_step_skip_queue",
-            "_is_last_step_skipped",
-            "step_hook",
-            "draws",
-        )
+        for n in ("noise_multiplier", *internals.STEP_STATE, "step_hook", "draws")
         if n in vars(optimizer)
     }
     generator = getattr(optimizer, "generator", None)
@@ -232,16 +228,15 @@ def _pre_step(loop: Loop, signal: float) -> Gradients:
     """What a step would subtract (at lr 1) for one row whose gradient is ``signal`` everywhere."""
     optimizer = loop.optimizer
     optimizer.step_hook = None
-    vars(optimizer)["_step_skip_queue"] = []
+    internals.forget_skips(optimizer)
     for p in optimizer.params:
         p.summed_grad = None
-        if loop.mode == "ghost":
-            # What the two passes leave: the row's gradient, clipped.
-            p.grad = torch.full_like(p, signal * _share_of(optimizer, signal))
-        elif loop.mode == "bk":
+        if loop.mode == "bk":
             optimizer.sums[p] = torch.full_like(p, signal * _share_of(optimizer, signal))
-        else:
-            p.grad_sample = torch.full_like(p, signal).detach()[None]
+            continue
+        ghost = loop.mode == "ghost"  # its two passes leave the row's gradient clipped
+        left = signal * _share_of(optimizer, signal) if ghost else signal
+        internals.leave_rows(p, ghost, torch.full_like(p, left).detach()[None])
     clip = optimizer.max_grad_norm
     if loop.mode == "bk":
         optimizer._trained = frozenset(id(p) for p in optimizer.params)

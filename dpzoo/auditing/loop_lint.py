@@ -6,7 +6,14 @@ from typing import Any
 from torch import nn
 
 from dpzoo.auditing.record import Record
+from dpzoo.clipping.draws import CountedSampler
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.opacus_internals import (
+    counts_ghost_norms,
+    is_ghost_optimizer,
+    is_poisson,
+    is_splitting,
+)
 
 
 class Loop:
@@ -16,9 +23,7 @@ class Loop:
         self.wrapper, self.optimizer, self.loader, self.engine = model, optimizer, loader, engine
         self.module: nn.Module = getattr(model, "_module", model)
         self.accountant = getattr(engine, "accountant", None)
-        ghost = "FastGradientClipping" in type(optimizer).__name__ or hasattr(
-            model, "get_norm_sample"
-        )
+        ghost = is_ghost_optimizer(optimizer) or counts_ghost_norms(model)
         book = isinstance(optimizer, BookKeepingOptimizer)
         self.mode = "bk" if book else "ghost" if ghost else "hooks"
 
@@ -26,7 +31,7 @@ class Loop:
     def sampler(self) -> Any:
         """The batch sampler beneath a BatchMemoryManager's and the engine's count."""
         sampler: Any = getattr(self.loader, "batch_sampler", None)
-        while type(sampler).__name__ in ("BatchSplittingSampler", "CountedSampler"):
+        while is_splitting(sampler) or isinstance(sampler, CountedSampler):
             sampler = sampler.sampler
         return sampler
 
@@ -70,8 +75,7 @@ def sampling(loop: Loop, record: Record) -> None:
     """The sampler is Poisson, with the rate that is accounted."""
     sampler = loop.sampler
     rate = getattr(sampler, "sample_rate", None)
-    poisson = rate is not None and "UniformWithReplacement" in type(sampler).__name__
-    if not poisson:
+    if not is_poisson(sampler):
         inner = type(getattr(sampler, "sampler", None)).__name__
         record.find(
             "privacy",

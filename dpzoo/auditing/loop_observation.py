@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dpzoo.auditing.record import Record
+from dpzoo.opacus_internals import announced, norms_of_rows
 
 BATCHES = 2
 
@@ -64,7 +65,7 @@ def observe(
                 break
             step(batch)
         moved = [not torch.equal(p, old) for p, old in zip(parameters, kept, strict=True)]
-        skipped = len(getattr(optimizer, "_step_skip_queue", []))
+        skipped = len(announced(optimizer))
         epochs = scheduler.last_epoch - schedule["last_epoch"] if schedule is not None else None
     finally:
         if hooked:
@@ -107,7 +108,7 @@ class _Seen:
 def _clip_rate(loop: Any, seen: _Seen) -> None:
     """Count the rows that the coming step clips."""
     if loop.mode == "ghost":
-        norms = getattr(loop.wrapper, "_per_sample_gradient_norms", None)
+        norms = norms_of_rows(loop.wrapper)
     elif loop.mode == "bk":
         norms = loop.wrapper.per_sample_gradient_norms
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dpzoo.auditing.report import CheckResult, Finding, Severity
+from dpzoo.auditing.findings import CheckResult, Finding, Severity
 
 
 class Record:

@@ -1,20 +1,13 @@
-"""What an audit says: findings, one result for each check, and the report that holds them."""
+"""What an audit says: one result for each check, and the report that holds them."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from dpzoo.auditing.findings import SEVERITIES, CheckResult, Finding, Severity, ShapeRow
+from dpzoo.auditing.rendering import render
 from dpzoo.errors import DpzooError
-
-Severity = Literal["privacy", "crash", "utility", "note"]
-
-SEVERITIES: tuple[Severity, ...] = ("privacy", "crash", "utility", "note")
-"""Gravest first.
-
-privacy: the guarantee does not hold, though nothing raises. crash: training stops. utility: private,
-but not the training that was meant. note: worth knowing, and no reason to stop.
-"""
 
 
 class AuditFailedError(DpzooError):
@@ -23,88 +16,6 @@ class AuditFailedError(DpzooError):
     def __init__(self, message: str, report: "AuditReport") -> None:
         super().__init__(message)
         self.report = report
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a check found.
-
-    Args:
-        check: the check's name.
-        severity: one of `SEVERITIES`.
-        message: what is wrong, in a sentence.
-        remedy: what to do about it, in a line.
-        parameters: full names of the parameters concerned, worst first.
-        modules: paths of the modules concerned.
-        mode: grad_sample_mode in which it shows; None where it does not depend on one.
-        expected: the shape or number that was wanted.
-        got: the shape or number that was found.
-    """
-
-    check: str
-    severity: Severity
-    message: str
-    remedy: str = ""
-    parameters: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    mode: str | None = None
-    expected: str | None = None
-    got: str | None = None
-
-    def __str__(self) -> str:
-        where = f" [{self.mode}]" if self.mode else ""
-        return f"{self.check}{where}, {self.severity}: {self.message}"
-
-
-@dataclass
-class CheckResult:
-    """One check's outcome.
-
-    Args:
-        name: the check's name.
-        catches: the bugs that it is there for.
-        findings: what it found.
-        skipped: why it could not run, or could not in some mode; empty where it ran in full.
-        ran: whether any part of it ran.
-        seconds: its wall-clock time.
-    """
-
-    name: str
-    catches: str
-    findings: list[Finding] = field(default_factory=list)
-    skipped: str = ""
-    ran: bool = True
-    seconds: float = 0.0
-
-    @property
-    def status(self) -> str:
-        """``failed``, ``passed`` (perhaps with notes) or ``skipped``."""
-        if any(finding.severity != "note" for finding in self.findings):
-            return "failed"
-        return "passed" if self.ran else "skipped"
-
-
-@dataclass(frozen=True)
-class ShapeRow:
-    """One call of a module that holds parameters, as a line of `AuditReport.shapes`.
-
-    Args:
-        module: the module's path.
-        kind: its class.
-        activation: the shapes of its inputs.
-        backprop: the shape of the gradient of its output; None if none came back.
-        grad_sample: parameter name -> shape of the per-sample gradient (hooks mode where audited).
-    """
-
-    module: str
-    kind: str
-    activation: tuple[tuple[int, ...], ...]
-    backprop: tuple[int, ...] | None
-    grad_sample: dict[str, tuple[int, ...] | None]
-
-    def __str__(self) -> str:
-        samples = ", ".join(f"{name} {shape}" for name, shape in self.grad_sample.items())
-        return f"{self.module} ({self.kind}): {self.activation} <- {self.backprop}; {samples}"
 
 
 @dataclass
@@ -188,7 +99,9 @@ class AuditReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        # Rendering stands above the data and may need rich.
-        from dpzoo.auditing.rendering import render
-
-        return render(self)
+        head = [f"audit of {self.model}: {'ok' if self.ok else 'FAILED'}"]
+        head += [f"{self.rows} rows"] if self.rows else []
+        head += [f"modes {', '.join(self.modes)}"] if self.modes else []
+        head += [self.dtype] if self.dtype else []
+        head.append(f"{self.seconds:.1f} s")
+        return render(", ".join(head), self.remarks, self.results, self.findings)

@@ -18,7 +18,7 @@ from dpzoo.auditing.exactness import exactness, parity, split
 from dpzoo.auditing.freshness import freshness
 from dpzoo.auditing.isolation import isolation
 from dpzoo.auditing.noise import noise
-from dpzoo.auditing.opacus_modes import MODES, first_line
+from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
 from dpzoo.auditing.row_losses import Loss
@@ -26,6 +26,7 @@ from dpzoo.auditing.sensitivity import sensitivity
 from dpzoo.auditing.statelessness import statelessness
 from dpzoo.auditing.subject import CannotRunError, Subject
 from dpzoo.errors import InputError
+from dpzoo.modes import MODES
 
 Check = Callable[[Subject, Record], None]
 
@@ -55,6 +56,7 @@ def audit(
     modes: Iterable[str] = ("hooks", "ghost"),
     checks: Iterable[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    unit_ids: Any = None,
 ) -> AuditReport:
     """Prove that a model's private training is right on a batch, or name what is wrong.
 
@@ -74,6 +76,8 @@ def audit(
         modes: grad_sample_modes to audit: of "hooks", "functorch", "ew", "ghost", "bk".
         checks: names of `dpzoo.auditing.CHECKS`; all of them by default.
         progress: called with the name of each check before it runs.
+        unit_ids: the ids of the units that the batch's rows are of, (rows,), as `make_private` takes them
+            in mode "bk": the sensitivity check then takes away a whole unit, too. The first four are tried.
 
     Returns:
         The report; ``report.ok`` says whether nothing graver than a note was found.
@@ -86,12 +90,19 @@ def audit(
         The model is bit-equal afterwards: parameters, buffers, gradients, hooks, attributes of
         parameters, train flags; so are torch's, numpy's and Python's random states.
     """
-    modes = _known("modes", modes, MODES)
+    modes = _known("modes", modes, tuple(MODES))
     names = _known("checks", CHECKS if checks is None else checks, tuple(CHECKS))
     _refuse(model, max_grad_norm)
+    if unit_ids is not None and "bk" not in modes:
+        raise InputError(
+            f"audit got unit_ids and modes={modes}, wanted 'bk' among the modes: it alone clips the rows "
+            f"of a unit as one."
+        )
     start = time.perf_counter()
     with _quietly(model):
-        subject = Subject(model, batch, loss=loss, max_grad_norm=max_grad_norm, modes=modes)
+        subject = Subject(
+            model, batch, loss=loss, max_grad_norm=max_grad_norm, modes=modes, unit_ids=unit_ids
+        )
         return _report(subject, names, start, progress)
 
 

@@ -19,7 +19,9 @@ from dpzoo.auditing.capture import Trace, trace
 from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_norms
 from dpzoo.auditing.opacus_modes import ModeRun, OpacusMode, first_line
 from dpzoo.auditing.row_losses import Loss, RowLoss
+from dpzoo.clipping.units import labels_of
 from dpzoo.errors import InputError
+from dpzoo.modes import MODES
 
 
 class CannotRunError(Exception):
@@ -36,6 +38,7 @@ class Subject:
         max_grad_norm: see `dpzoo.audit`.
         modes: see `dpzoo.audit`.
         rows_as_given: keep the number of rows of the batch.
+        unit_ids: see `dpzoo.audit`.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Subject:
         max_grad_norm: float,
         modes: tuple[str, ...],
         rows_as_given: bool = False,
+        unit_ids: Any = None,
     ) -> None:
         self.original = model
         self.max_grad_norm = max_grad_norm
@@ -54,6 +58,12 @@ class Subject:
         self.user_loss = loss
         given = Batch(batch)
         sizes = {size for p in model.parameters() for size in p.shape}
+        self.units = None if unit_ids is None else (given, labels_of(unit_ids, given.rows))
+        """The batch as it was given, and the ids of its rows' units; None without ids."""
+        if self.units is not None and len(set(self.units[1])) < 2:
+            raise InputError(
+                "audit got unit_ids of one unit, wanted at least 2: one is taken away."
+            )
         self.batch, self.remarks = (given, []) if rows_as_given else prepared(given, sizes)
         self.rows = self.batch.rows
         self.loss = RowLoss(loss)
@@ -236,7 +246,7 @@ class Subject:
         run = self.mode_run(mode)
         if run.error:
             return f"{mode} raises"
-        values = run.norms if mode == "ghost" else run.rows
+        values = run.values
         if values.keys() != self.parameters.keys():
             return f"{mode} lacks parameters"
         if any(len(value) != self.rows for value in values.values()):
@@ -250,7 +260,7 @@ class Subject:
             return {
                 mode
                 for mode in self.modes
-                if mode != "ghost"
+                if MODES[mode].rows
                 and not self.broken(mode)
                 and not disagreements(self.mode_run(mode).rows, self.oracle, self.tolerance)
             }

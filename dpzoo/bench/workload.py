@@ -16,11 +16,12 @@ from dpzoo.conversion import to_transformers
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.example_batch import example_batch
 from dpzoo.losses import ModelLoss
+from dpzoo.modes import MODES as PRIVATE_MODES
 from dpzoo.pretrained import from_config
 from dpzoo.registry import CLASSES, class_by_name
 
 BASELINE = "non-private"
-MODES = (BASELINE, "stock", "hooks", "functorch", "ew", "ghost", "bk")
+MODES = (BASELINE, "stock", *PRIVATE_MODES)
 """``non-private`` is dpzoo's class without privacy, ``stock`` transformers' class without privacy."""
 
 SETTINGS = ("gradient", "step", "amortized")
@@ -177,7 +178,7 @@ class Step:
             self._make_private(model, optimizer)
 
     def _make_private(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        by_criterion = self.mode in ("ghost", "bk")
+        by_criterion = PRIVATE_MODES[self.mode].criterion
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"

@@ -18,6 +18,7 @@ from dpzoo.cli import audit, bench, convert
 from dpzoo.cli import list as list_
 from dpzoo.cli.output import print_json
 from dpzoo.errors import DpzooError
+from dpzoo.versions import __version__
 
 COMMANDS = (list_, convert, audit, bench)
 
@@ -137,9 +138,6 @@ def _signals() -> Iterator[None]:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of ``dpzoo`` with all its commands."""
-    # dpzoo.__version__ is read late: dpzoo/__init__.py may still be running when this is imported.
-    from dpzoo import __version__
-
     whole = argparse.ArgumentParser(
         prog="dpzoo",
         description="Transformers that train with differential privacy, from stock checkpoints and back.",

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from dpzoo.auditing import CHECKS, audit
-from dpzoo.auditing.opacus_modes import MODES
 from dpzoo.checkpoints import load
 from dpzoo.cli.output import print_json, progress
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import InputError
 from dpzoo.example_batch import ROWS, example_batch
+from dpzoo.modes import MODES
 from dpzoo.registry import CLASSES
 
 LONGEST = 32

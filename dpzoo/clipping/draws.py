@@ -8,22 +8,39 @@ is passed over, an empty one too: skipping what is empty makes a step's noise de
 
 Parts of one draw add up: several backward passes before the step, or `BatchMemoryManager`. Leaving the
 loader early drops what was begun.
+
+Where units are drawn (`dpzoo.clipping.units`), the draw also says whose each row is: its rows come unit by
+unit. A part takes units whole.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Sampler
 
+from dpzoo.clipping.units import UnitRows, Units, labels_of
 from dpzoo.errors import InputError
 
 ONE_STEP = "One step takes the rows of one draw, each once"
 SAMPLED = 1024  # elements of a long row that stand for it
+
+
+class Draw(NamedTuple):
+    """One draw.
+
+    Args:
+        rows: how many.
+        units: unit -> rows of it, in the order in which they come; None: each row is one.
+    """
+
+    rows: int
+    units: dict[int, int] | None = None
 
 
 class Draws:
@@ -32,12 +49,20 @@ class Draws:
     Args:
         strict: whether steps are held to the draws; False where the caller answers for them.
         drop: called when what was begun is over: forget its sums.
+        dataset: the units that are drawn; None: rows are.
     """
 
-    def __init__(self, strict: bool, drop: Callable[[], None] = lambda: None) -> None:
-        self.strict, self._drop = strict, drop
-        self._drawn: deque[int] = deque()
+    def __init__(
+        self,
+        strict: bool,
+        drop: Callable[[], None] = lambda: None,
+        dataset: UnitRows | None = None,
+    ) -> None:
+        self.strict, self._drop, self.dataset = strict, drop, dataset
+        self._drawn: deque[Draw] = deque()
         self._taken = 0
+        self._left: dict[int, int] | None = None  # of the draw's units; None: all of them
+        self._seen: set[Any] = set()  # ids of the step's units, where the caller answers for them
         self._parts: list[torch.Tensor] = []  # by which rows are seen that share memory
         self._came: dict[int, Counter[int]] = {}  # input: its rows so far, by which copies are seen
         self._columns: list[torch.Tensor] = []  # of the batch that was handed out last
@@ -66,7 +91,8 @@ class Draws:
 
     def abandon(self) -> None:
         """What was taken of the draw does not count, and may be taken again."""
-        self._taken = 0
+        self._taken, self._left = 0, None
+        self._seen.clear()
         self._parts.clear()
         self._came.clear()
 
@@ -75,9 +101,9 @@ class Draws:
         self._drop()
         return InputError(f"{message} What was added up is dropped.")
 
-    def begin(self, rows: int) -> None:
-        """A draw of so many rows was made; it is stepped after those before it."""
-        self._drawn.append(rows)
+    def begin(self, rows: int, units: dict[int, int] | None = None) -> None:
+        """A draw was made, of arguments as `Draw`; it is stepped after those before it."""
+        self._drawn.append(Draw(rows, units))
 
     def hand_out(self, batch: Any) -> None:
         """The loop got the next draw's batch."""
@@ -86,6 +112,62 @@ class Draws:
         self._columns = [
             x for x in leaves if isinstance(x, torch.Tensor) and x.ndim and not x.is_nested
         ]
+
+    def units(self, rows: int, ids: Any = None) -> Units:
+        """The units of the rows that a backward pass brings; to be followed by `take` or `abandon`.
+
+        Args:
+            rows: how many, those of the loss.
+            ids: the ids that came with the batch, (rows,); None: rows come in the order of the draw.
+
+        Raises:
+            InputError: a unit of the draw is there in part; ids without a data set of units, or of units
+                that the draw does not have.
+        """
+        if not self.strict:
+            given = set(() if ids is None else labels_of(ids, rows))
+            if self._seen & given:
+                raise self._refuse(
+                    f"Rows of {next(iter(self._seen & given))!r} came in two parts of one step, wanted all "
+                    f"rows of a unit in one backward pass: they are clipped as one."
+                )
+            self._seen |= given
+            return Units(range(rows) if ids is None else labels_of(ids, rows))
+        if self.dataset is None and ids is not None:
+            raise InputError(
+                "backward() got unit_ids, and make_private got none, so that rows are drawn, not units. "
+                "Give make_private(unit_ids=...) the ids of all rows of the data set."
+            )
+        drawn = self._drawn[0].units if self._drawn else None
+        if drawn is None:
+            return Units(range(rows))
+        left = dict(drawn) if self._left is None else self._left
+        if ids is None:
+            ends = [0, *accumulate(left.values())]
+            if rows > ends[-1]:
+                return Units(range(rows))  # `take` refuses them
+            labels = [unit for unit, size in left.items() for _ in range(size)][:rows]
+            cut = "" if rows in ends else f"of unit {labels[-1]} some of {left[labels[-1]]} rows"
+        else:
+            assert self.dataset is not None
+            names = labels_of(ids, rows)
+            labels = [self.dataset.numbers.get(name, -1) for name in names]
+            wrong = [
+                f"{names.count(name)} rows of {name!r}, which has {left.get(unit, 0)} left"
+                for name, unit in dict(zip(names, labels, strict=True)).items()
+                if names.count(name) != left.get(unit, 0)
+            ]
+            cut = "; ".join(wrong[:3])
+        if cut:
+            raise self._refuse(
+                f"A backward pass brought {rows} rows of the draw, and they cut a unit: {cut}. A unit is "
+                f"clipped as one, so all its drawn rows go into one backward pass, in the order in which "
+                f"the loader has them. Use BatchMemoryManager, which cuts between the units of "
+                f"this loader; set max_rows_per_unit; or, if the collator changes the order of rows, have "
+                f"it collate their ids and call backward(unit_ids=...)."
+            )
+        self._left = {unit: size for unit, size in left.items() if unit not in set(labels)}
+        return Units(labels)
 
     def take(self, rows: int, inputs: Sequence[torch.Tensor] = ()) -> None:
         """Rows of the draw come with a backward pass.
@@ -119,8 +201,8 @@ class Draws:
                 f"call backward() once for each part of a batch, and optimizer.step() before the next "
                 f"batch."
             )
-        if self._taken + rows > self._drawn[0]:
-            taken, drawn = self._taken, self._drawn[0]
+        if self._taken + rows > self._drawn[0].rows:
+            taken, drawn = self._taken, self._drawn[0].rows
             raise self._refuse(
                 f"The losses of a step have {taken + rows} rows ({taken} before, {rows} now), and the draw "
                 f"has {drawn}. {ONE_STEP}: call optimizer.step() after each batch of the private loader; "
@@ -133,7 +215,7 @@ class Draws:
     def _came_before(self, inputs: Sequence[torch.Tensor]) -> bool:
         if any(_overlap(x, other) for x in inputs[:1] for other in self._parts):
             return True
-        columns = [c for c in self._columns if len(c) == self._drawn[0]]
+        columns = [c for c in self._columns if len(c) == self._drawn[0].rows]
         for k, x in enumerate(inputs):
             alike = [c for c in columns if c.dtype == x.dtype and c.shape[1:] == x.shape[1:]]
             if not alike or any(_same(x, c) for c in alike):
@@ -152,6 +234,7 @@ class Draws:
         Raises:
             InputError: rows of the draw are missing.
         """
+        self._seen.clear()
         if not self.strict:
             return
         if not self._drawn:
@@ -160,7 +243,7 @@ class Draws:
                 "sampling each step belongs to one batch of the loader that make_private returned. To "
                 "answer for the draws yourself, call make_private(poisson_sampling=False)."
             )
-        drawn, taken = self._drawn[0], self._taken
+        drawn, taken = self._drawn[0].rows, self._taken
         if taken != drawn:
             raise self._refuse(
                 f"A step came after {taken} rows, and the draw has {drawn}. {ONE_STEP}: every part of the "
@@ -206,7 +289,7 @@ class CountedSampler(Sampler[list[int]]):
     """A batch sampler whose draws are noted as they are made.
 
     Args:
-        sampler: gives lists of rows.
+        sampler: gives lists of rows, or of units.
         draws: where they are noted.
     """
 
@@ -218,9 +301,11 @@ class CountedSampler(Sampler[list[int]]):
         return self._noted()
 
     def _noted(self) -> Iterator[list[int]]:
-        for rows in self.sampler:
-            self.draws.begin(len(rows))
-            yield rows
+        units = self.draws.dataset
+        for drawn in self.sampler:
+            sizes = None if units is None else units.draw(drawn)
+            self.draws.begin(len(drawn) if sizes is None else sum(sizes.values()), sizes)
+            yield drawn if sizes is None else list(sizes)
 
     def __len__(self) -> int:
         return len(self.sampler)

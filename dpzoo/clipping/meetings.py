@@ -7,8 +7,8 @@ arguments that it has no way for; `row_by_row`, which knows every function, take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -29,21 +29,19 @@ from dpzoo.clipping.layouts import (
     rows_first,
     shifted,
 )
+from dpzoo.clipping.recorder import Meeting, Recorder
 from dpzoo.errors import InputError, UnsupportedModelError
 
-if TYPE_CHECKING:
-    from dpzoo.clipping.recorder import Recorder
 
-
-class Meeting(NamedTuple):
-    """A call of a torch function with rows and shared tensors."""
-
-    function: Function
-    call: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rowed: list[torch.Tensor]
-    shared: list[torch.Tensor]
+def meet(recorder: Recorder, met: Meeting) -> Any:
+    """Run the function, and have the recorder note how its parameters' per-row gradients are had."""
+    known = MEETINGS.get(met.function.name)
+    if known is not None:
+        try:
+            return known(recorder, met)
+        except Unknown:
+            pass
+    return row_by_row(recorder, met)
 
 
 def _only(shared: list[torch.Tensor], *known: Any) -> bool:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import _engine_run_backward
@@ -55,13 +55,23 @@ from dpzoo.clipping.layouts import (
     rows_first,
     shifted,
 )
-from dpzoo.clipping.meetings import MEETINGS, Meeting, row_by_row
 from dpzoo.errors import InputError, UnsupportedModelError
 
 PICKING = ("getitem", "unbind", "select", "split", "chunk")
 """Functions that take single rows out of a batch: not alone a reason to refuse what a row computes."""
 
 Enter = Callable[..., None]
+
+
+class Meeting(NamedTuple):
+    """A call of a torch function with rows and shared tensors."""
+
+    function: Function
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rowed: list[torch.Tensor]
+    shared: list[torch.Tensor]
 
 
 class Tap(torch.autograd.Function):
@@ -100,11 +110,12 @@ class Recorder(TorchFunctionMode):
         owner: has ``anchor``, a scalar that needs a gradient, and ``enter(enter, grads, saved)``, which
             a tap's backward calls.
         rows: of the batch.
+        meet: runs a function of rows and shared tensors: `dpzoo.clipping.meetings.meet`.
     """
 
-    def __init__(self, owner: Any, rows: int) -> None:
+    def __init__(self, owner: Any, rows: int, meet: Callable[[Recorder, Meeting], Any]) -> None:
         super().__init__()
-        self.owner, self.rows = owner, rows
+        self.owner, self.rows, self._meet = owner, rows, meet
         self.uses: list[Any] = []
         """What met what, in which layout: equal for two batches that are recorded in the same way."""
         self.guessed = False
@@ -186,7 +197,10 @@ class Recorder(TorchFunctionMode):
                     f"the batch were combined by {self.layout_of(tensor).function}, wanted rows that do "
                     f"not meet: what one row computes must not depend on another."
                 )
-        return self._meet(Meeting(entry, func, args, kwargs, rowed, shared))
+        for z in shared:
+            if z.grad_fn is not None:
+                self._met.append((weakref.ref(z), z._version, entry.name))
+        return self._meet(self, Meeting(entry, func, args, kwargs, rowed, shared))
 
     def propagate(
         self,
@@ -466,18 +480,6 @@ class Recorder(TorchFunctionMode):
         self._met.clear()
 
     # --- rows meet parameters -------------------------------------------------------------------
-
-    def _meet(self, met: Meeting) -> Any:
-        for z in met.shared:
-            if z.grad_fn is not None:
-                self._met.append((weakref.ref(z), z._version, met.function.name))
-        meet = MEETINGS.get(met.function.name)
-        if meet is not None:
-            try:
-                return meet(self, met)
-            except Unknown:
-                pass
-        return row_by_row(self, met)
 
     def tap(
         self,

@@ -1,10 +1,10 @@
 """The check of a backward pass against autograd, with a weight for each row.
 
 For weights w_i drawn at random, autograd's gradient of sum_i w_i loss_i is sum_i w_i G_i, where G_i is
-the gradient of row i's loss. The recorded uses give the same sum, if every use was recorded, and if each
-was given to the row that it is of: were any part of G_i given to another row, the sums would differ, but
-for weights in a set of measure zero. So one ordinary backward pass checks both, whatever the model does,
-and it finds losses that depend on other rows' activations, too.
+the gradient of row i's loss. (Rows of one unit have one weight.) The recorded uses give the same sum, if
+every use was recorded, and if each was given to the row that it is of: were any part of G_i given to
+another row, the sums would differ, but for weights in a set of measure zero. So one ordinary backward pass
+checks both, whatever the model does, and it finds losses that depend on other rows' activations, too.
 
 It is done for the first batch of each kind, the second, the fourth, the eighth and so on: functions of the
 graph, parameters and the places of rows, not sizes. Where a place was guessed from sizes, these are part of
@@ -21,6 +21,7 @@ import torch
 
 from dpzoo.clipping.book import Book, shape_of
 from dpzoo.clipping.recorder import Recorder, run_backward
+from dpzoo.clipping.units import Units
 from dpzoo.errors import InputError
 from dpzoo.factors import DenseGrads, EmbeddingFactors, LinearFactors, upcast
 
@@ -48,14 +49,19 @@ class Verification:
         losses: the rows' losses, (rows,), whose graph is kept.
         parameters: all that are trained.
         recorder: of the forward pass.
+        units: of the rows.
     """
 
     def __init__(
-        self, losses: torch.Tensor, parameters: list[torch.Tensor], recorder: Recorder
+        self,
+        losses: torch.Tensor,
+        parameters: list[torch.Tensor],
+        recorder: Recorder,
+        units: Units,
     ) -> None:
         draws = torch.Generator().manual_seed(int.from_bytes(b"rows", "big"))
-        signs = torch.tensor([1.0, -1.0]).repeat(len(losses) // 2 + 1)[: len(losses)]
-        weights = (torch.rand(len(losses), generator=draws, dtype=torch.float64) + 0.5) * signs
+        signs = torch.tensor([1.0, -1.0]).repeat(units.count // 2 + 1)[: units.count]
+        weights = (torch.rand(units.count, generator=draws, dtype=torch.float64) + 0.5) * signs
         self.weights = weights.to(losses.device)
         self.autocast = recorder.autocast
         self._expected: dict[torch.Tensor, tuple[float, torch.Tensor, torch.dtype]] = {}
@@ -71,7 +77,7 @@ class Verification:
         try:
             for p in parameters:
                 p.grad = None
-            total = (losses * self.weights.to(losses.dtype)).sum()
+            total = (losses * units.to_rows(self.weights).to(losses.dtype)).sum()
             run_backward(recorder, total, None, retain_graph=True)
         finally:
             for handle in handles:
@@ -89,7 +95,7 @@ class Verification:
 
         Args:
             book: what was recorded.
-            squared: parameter -> squared norms of the rows, (rows,).
+            squared: parameter -> squared norms of the units, (units,).
             name_of: a parameter's name.
 
         Returns:
@@ -171,15 +177,15 @@ def _sides(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _recorded(book: Book, parameter: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The same products of a recorded weighted sum; of factors without forming it, (SKETCHES,)."""
     size = len(parameter) if parameter.ndim else 1
-    uses = book.factors_of(parameter)
-    if not uses or any(isinstance(u, DenseGrads) or shape_of(u)[0] != size for u in uses):
+    uses = book.weighted_uses(parameter, weights)
+    if not uses or any(isinstance(u, DenseGrads) or shape_of(u)[0] != size for u, _ in uses):
         return _sketch(book.close(parameter, weights, forget=False))
     left, right = _sides(parameter, size)
     total = torch.zeros(SKETCHES, dtype=torch.float64, device=parameter.device)
-    for use in uses:
+    for use, own in uses:
         if isinstance(use, LinearFactors):
             sides = use.grads @ left.t().to(use.grads), use.inputs @ right.t().to(use.inputs)
         elif isinstance(use, EmbeddingFactors):
             sides = left.t()[use.ids].to(use.grads), use.grads @ right.t().to(use.grads)
-        total += (sides[0] * sides[1] * weights.view(-1, 1, 1)).double().sum((0, 1))
+        total += (sides[0] * sides[1] * own.view(-1, 1, 1)).double().sum((0, 1))
     return total

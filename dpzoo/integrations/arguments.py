@@ -25,7 +25,7 @@ class PrivacyArguments:
             from it. Exactly one of it and ``noise_multiplier`` is given.
         noise_multiplier: sigma. The noise on each coordinate of a clipped sum is
             N(0, (sigma * max_grad_norm)^2); 0 is for tests, and epsilon is then infinite.
-        target_delta: delta; None for 1 / rows of the training data, its largest value allowed.
+        target_delta: delta; None for 1 / rows (or units) of the training data, its largest value allowed.
         max_grad_norm: C, the norm that a row's gradient is clipped to. Not the field of the same name
             in `transformers.TrainingArguments`, which has no place in a private run.
         grad_sample_mode: "bk" (book-keeping, of `dpzoo.PrivacyEngine`), "ghost" or "hooks" (Opacus').
@@ -36,6 +36,11 @@ class PrivacyArguments:
         noise_seed: seed of noise and batches, for tests. Whoever knows it can subtract the noise; None,
             the default, takes one from the operating system, whatever ``TrainingArguments.seed`` is.
         poisson_sampling: True. The accountants hold for nothing else.
+        unit_column: the column of the training data that says whose a row is (a user, a document, a
+            household), in mode "bk". Rows with equal ids are one unit: drawn together, clipped as one, and
+            epsilon is for adding or removing all of them. It is not given to the collator. None: the unit
+            is the row.
+        max_rows_per_unit: of a unit with more rows a step takes so many, chosen afresh; None for all.
 
     Raises:
         InputError: a value out of range, or a combination that cannot be honoured.
@@ -51,6 +56,8 @@ class PrivacyArguments:
     secure_mode: bool = False
     noise_seed: int | None = None
     poisson_sampling: bool = True
+    unit_column: str | None = None
+    max_rows_per_unit: int | None = None
 
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
@@ -71,6 +78,16 @@ class PrivacyArguments:
         self._refuse("poisson_sampling", "True: the accountants assume it", lambda v: v is True)
         wanted = "None with secure_mode=True, whose random numbers have no seed"
         self._refuse("noise_seed", wanted, lambda v: v is None or not self.secure_mode)
+        wanted = "None outside grad_sample_mode='bk', which alone clips a unit's rows as one"
+        self._refuse("unit_column", wanted, lambda v: v is None or self.grad_sample_mode == "bk")
+        wanted = (
+            "None without unit_column, and a whole number above 0 with it, or None for all rows"
+        )
+        self._refuse(
+            "max_rows_per_unit",
+            wanted,
+            lambda v: v is None or (self.unit_column is not None and v >= 1),
+        )
 
     def _refuse(self, field: str, wanted: str, fits: Callable[[Any], bool]) -> None:
         value = getattr(self, field)
@@ -78,7 +95,7 @@ class PrivacyArguments:
             raise InputError(f"PrivacyArguments got {field}={value!r}, wanted {wanted}.")
 
     def delta(self, rows: int) -> float:
-        """The run's delta for a data set of ``rows`` rows.
+        """The run's delta for a data set of ``rows`` rows, or units.
 
         Raises:
             InputError: ``target_delta`` is above 1 / rows: a run that publishes a row picked at random

@@ -22,10 +22,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from dpzoo.clipping import PrivacyEngine
+from dpzoo.clipping.units import UnitRows
 from dpzoo.errors import InputError
 from dpzoo.integrations.accounting import Account, epsilon_of
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
-from dpzoo.integrations.batches import LogicalBatches, PoissonBatches, batch_key, identity, seeded
+from dpzoo.integrations.batches import (
+    LogicalBatches,
+    PoissonBatches,
+    Without,
+    batch_key,
+    identity,
+    seeded,
+)
 from dpzoo.integrations.inputs import base_of, length_of, per_sample
 from dpzoo.integrations.state import (
     PrivacyState,
@@ -58,7 +66,9 @@ class DPTrainer(Trainer):
         args: the `transformers.TrainingArguments`; ``trainer.args`` is a copy with the logical batch in
             the place of the physical one.
         data_collator: as Trainer's.
-        train_dataset: a data set with a length, whose rows are the unit of privacy.
+        train_dataset: a data set with a length, whose rows are the unit of privacy; or, with
+            ``PrivacyArguments.unit_column``, the users, documents or households whose rows they are. The
+            batch sizes are then of units (logical) and of rows (in memory).
         *positional: Trainer's further arguments, by position.
         privacy: the `PrivacyArguments`.
         **options: Trainer's further arguments. ``compute_loss_func`` has to return losses of shape
@@ -70,8 +80,9 @@ class DPTrainer(Trainer):
 
     Guarantees:
         The weights after all steps, together, satisfy (``epsilon``, ``delta``) differential privacy for
-        adding or removing a row of ``train_dataset``, by the accountant's count. What Trainer logs of
-        training rows (the loss) is not private, and neither is a choice made by private evaluation rows.
+        adding or removing a row (a unit, with all its rows) of ``train_dataset``, by the accountant's
+        count. What Trainer logs of training rows (the loss) is not private, and neither is a choice made
+        by private evaluation rows.
     """
 
     optimizer: Any
@@ -113,8 +124,19 @@ class DPTrainer(Trainer):
         return per_sample(super().call_model_init(trial), self.privacy.grad_sample_mode)
 
     def _count(self, dataset: Any, args: TrainingArguments) -> None:
-        """Take the terms of the account from the number of rows."""
-        logical = args.per_device_train_batch_size
+        """Take the terms of the account from the number of rows, or of units."""
+        logical, column = args.per_device_train_batch_size, self.privacy.unit_column
+        if column is not None:
+            dataset = UnitRows(dataset, column, self.privacy.max_rows_per_unit)
+            largest = max(range(len(dataset)), key=dataset.size)
+            if dataset.size(largest) > self._physical_rows:
+                raise InputError(
+                    f"A unit of {column!r} has {dataset.size(largest)} rows, and "
+                    f"per_device_train_batch_size={self._physical_rows} rows are in memory at a time, "
+                    f"wanted all its drawn rows in one part: they are clipped as one. Set "
+                    f"max_rows_per_unit={self._physical_rows}, or raise per_device_train_batch_size."
+                )
+        self._drawn_from = dataset
         self._rows = length_of(dataset, logical)
         self._account.delta = self.privacy.delta(self._rows)
         self._account.sample_rate = logical / self._rows
@@ -232,7 +254,8 @@ class DPTrainer(Trainer):
         """Everything that a step depends on, but for weights and data, as JSON has it."""
         trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
         more = {
-            "rows of train_dataset": self._rows,
+            "rows of train_dataset": len(self.train_dataset),
+            "units of train_dataset": self._rows,
             "rows of a physical batch": self._physical_rows,
             "class of the model": type(self.model).__name__,
             "trained parameters": [len(trained), sum(trained)],
@@ -263,9 +286,10 @@ class DPTrainer(Trainer):
         release.run = self._account.run
         release.watched_by(self._account.ledger)
         log.info(
-            "Private training: the unit is a row of train_dataset (%d rows, adding or removing one); "
+            "Private training: the unit is %s of train_dataset (%d units, adding or removing one); "
             "epsilon %s at delta %.3g after %d steps, by %s; noise multiplier %.4g, clipping norm %g, "
             "expected batch %d, sample rate %.4g.",
+            "a row" if self.privacy.unit_column is None else f"a {self.privacy.unit_column!r}",
             self._rows,
             self.privacy.target_epsilon or f"{self._planned_epsilon(max_steps):.3f}",
             self.delta,
@@ -305,7 +329,9 @@ class DPTrainer(Trainer):
         """Logical batches: Poisson samples, each in collated parts."""
         args = self.args
         collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-        batches = LogicalBatches(self.train_dataset, collate, self._physical_rows, self._batch_key)
+        if self.privacy.unit_column is not None:
+            collate = Without(self.privacy.unit_column, collate)
+        batches = LogicalBatches(self._drawn_from, collate, self._physical_rows, self._batch_key)
         sampler = PoissonBatches(
             self._rows,
             args.per_device_train_batch_size / self._rows,
@@ -357,7 +383,7 @@ class DPTrainer(Trainer):
         self._account.begin_step(number + 1)
         model.train()
         total, rows = torch.zeros((), device=self.args.device), 0
-        private.begin(inputs["rows"])
+        private.begin(inputs["rows"], inputs["units"])
         with seeded(self._batch_key, number, 1):  # dropout
             for i, part in enumerate(parts):
                 with self.compute_loss_context_manager():

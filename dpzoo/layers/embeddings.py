@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dpzoo.errors import InputError
+from dpzoo.opacus_internals import is_expanded
 from dpzoo.shapes import check
 
 
@@ -29,7 +30,7 @@ class _Table(nn.Embedding):
         # The weight is not a parameter but what a transform put in its place. ExpandedWeights knows
         # F.embedding only, and ignores padding_idx there; functorch's embedding fails on an empty
         # batch, its indexing does not. In both, cut padding off before the gradient gets there.
-        expanded = hasattr(self.weight, "orig_weight")
+        expanded = is_expanded(self.weight)
         embedded = F.embedding(ids, self.weight) if expanded else self.weight[ids]
         if self.padding_idx is None:
             return embedded

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
-from dpzoo.errors import InputError
+from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.files import whole_folder
 from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
@@ -32,9 +34,11 @@ from dpzoo.models.fields import (
     HARMLESS_ARGUMENTS,
     REFUSED_ARGUMENTS,
     REFUSED_FIELDS,
+    refuse_checkpoint,
     refuse_fields,
 )
 from dpzoo.shapes import check
+from dpzoo.transfer import rebuild, refuse_adapters
 
 MASKS = (
     torch.int64,
@@ -235,11 +239,46 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
 
         Arguments are those of `transformers.PreTrainedModel.from_pretrained`; see
         `dpzoo.from_pretrained`.
-        """
-        # pretrained stands above the models: imported here, when it exists.
-        from dpzoo.pretrained import load_class
 
-        return load_class(cls, pretrained_model_name_or_path, *args, **kwargs)
+        Raises:
+            UnsupportedModelError: the checkpoint is of another family.
+            UnsupportedConfigError: a config field that cannot be honoured, or a size that no model has.
+            ConversionError: the class is a user's subclass with parameters of its own.
+        """
+        refuse_checkpoint(cls, pretrained_model_name_or_path, **kwargs)
+        loaded = stock_class(cls).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("output_loading_info"):
+            model, report = loaded
+            return cls.from_stock(model, release=True), report
+        return cls.from_stock(loaded, release=True)
+
+    @classmethod
+    def from_stock(cls, model: PreTrainedModel, *, release: bool = False) -> Any:
+        """This class with the parameters of a stock model; `dpzoo.convert` finds the class as well.
+
+        Args:
+            model: an instance of the class that this one, or the zoo's class above it, replaces.
+            release: free each of the model's layers as soon as it has been copied.
+
+        Raises:
+            As `dpzoo.convert`.
+        """
+        refuse_adapters(model, "dpzoo.convert")
+        name = type(model).__name__
+        if getattr(model, "is_quantized", False):
+            raise UnsupportedModelError(
+                f"dpzoo.convert got a quantised {name}; its weights have no gradients. Load it without "
+                f"quantization_config."
+            )
+        devices = set((getattr(model, "hf_device_map", None) or {}).values())
+        if len(devices) > 1 or "disk" in devices:
+            raise UnsupportedModelError(
+                f"dpzoo.convert got a {name} spread over {sorted(map(str, devices))}. Load it on one "
+                f"device (without device_map) and move the dpzoo model."
+            )
+        converted = rebuild(model, cls, release=release)
+        converted.retype_parts()
+        return converted
 
     # --- what forward passes share --------------------------------------------------------------
 
@@ -344,11 +383,29 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
         return self.config._attn_implementation == "eager" or recorder.wants_attentions
 
 
-def classifier_dropout(config: Any) -> float:
-    """BERT's and RoBERTa's dropout before a classifier: its own, or else the hidden layers'."""
-    if config.classifier_dropout is not None:
-        return float(config.classifier_dropout)
-    return float(config.hidden_dropout_prob)
+def stock_class(cls: type[PerSampleModel]) -> type[PreTrainedModel]:
+    """The transformers class that a class of the zoo, or a subclass of one, replaces.
+
+    It is the first in the class's order of bases that transformers has under the same name and with the
+    same ``config_class``.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for base in cls.__mro__:
+        if issubclass(base, PerSampleModel) and not base.__name__.endswith("PreTrainedModel"):
+            stock = getattr(transformers, base.__name__, None)
+            if stock is not None and stock.config_class is base.config_class:
+                return stock
+    raise UnsupportedModelError(
+        f"{cls.__module__}.{cls.__qualname__} is not a dpzoo class or a subclass of one. "
+        f"dpzoo.list_models() gives those."
+    )
+
+
+def activation(function: Any) -> Any:
+    """An activation by its transformers name, or a callable as it is."""
+    return ACT2FN[function] if isinstance(function, str) else function
 
 
 def refuse_arguments(name: str, extra: Mapping[str, Any], **named: Any) -> None:

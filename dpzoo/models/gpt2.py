@@ -4,6 +4,8 @@ What makes it itself: pre-norm layers, one fused projection for queries, keys an
 attention, learned positions, token types looked up in the *token* table, an output projection that is
 the token table, and checkpoints that store projections transposed (see `dpzoo.layers.transposed`).
 The reference for every value is transformers 5, ``models/gpt2/modeling_gpt2.py``.
+
+Letters in comments are shapes, see `dpzoo.layers.attention`.
 """
 
 import math
@@ -27,14 +29,13 @@ from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
 from dpzoo.errors import InputError, UnsupportedConfigError
-from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.attention import attend, merge_heads, refuse_uneven_heads, split_heads
 from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import (
     PositionEmbedding,
     TokenEmbedding,
     rows_of_ids,
 )
-from dpzoo.layers.encoder import refuse_uneven_heads
 from dpzoo.layers.lm_head import LMHead
 from dpzoo.layers.transposed import TransposedProjections
 from dpzoo.losses import (
@@ -54,6 +55,16 @@ from dpzoo.models.base import (
 from dpzoo.models.cache import CACHE, takes_cache
 from dpzoo.models.heads import last_real, real_tokens
 from dpzoo.shapes import check
+
+TASKS = {
+    "base": "GPT2Model",
+    "causal-lm": "GPT2LMHeadModel",
+    "sequence-classification": "GPT2ForSequenceClassification",
+    "double-heads": "GPT2DoubleHeadsModel",
+    "token-classification": "GPT2ForTokenClassification",
+    "question-answering": "GPT2ForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
 
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")
 
@@ -88,10 +99,10 @@ class GPT2Attention(TransposedProjections):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (
             split_heads(part, self.num_heads, num_choices)
-            for part in self.c_attn(hidden).split(hidden.shape[-1], dim=-1)
-        )
+            for part in self.c_attn(hidden).split(hidden.shape[-1], dim=-1)  # (B, N T, C) each
+        )  # (B N, H, T, D) each
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx)  # (B N, H, S, D)
         context, weights = attend(
             query,
             key,
@@ -102,7 +113,7 @@ class GPT2Attention(TransposedProjections):
             dropout=self.attn_dropout.p if self.training else 0.0,
             eager=eager,
             upcast=self.upcast,
-        )
+        )  # (B N, H, T, D), (B N, H, T, S)
         return self.resid_dropout(self.c_proj(merge_heads(context, num_choices))), weights
 
 
@@ -289,7 +300,7 @@ class GPT2Model(GPT2PreTrainedModel):
                 token_type_ids, name="token_type_ids", table=self.wte, **sizes
             )
         hidden = self._embed(input_ids, inputs_embeds, token_type_ids, batch, length)
-        hidden = self.drop(hidden + self.wpe(position_ids))
+        hidden = self.drop(hidden + self.wpe(position_ids))  # (B, N T, C)
 
         recorder = self._recorder(output_hidden_states, output_attentions, num_choices)
         eager = self._eager(recorder)
@@ -309,7 +320,7 @@ class GPT2Model(GPT2PreTrainedModel):
             hidden, weights = block(hidden, mask, cache=cache, num_choices=num_choices, eager=eager)
             recorder.add(hidden, weights)
         hidden = self.ln_f(hidden)
-        hidden = hidden.reshape(*shape, hidden.shape[-1])
+        hidden = hidden.reshape(*shape, hidden.shape[-1])  # (B, T, C) or (B, N, T, C)
         recorder.replace_last(hidden)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden,

@@ -11,7 +11,8 @@ from dpzoo.auditing import audit, audit_loop
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
-from dpzoo.factors import EmbeddingFactors, LinearFactors
+from dpzoo.clipping.units import Units
+from dpzoo.factors import EACH, EmbeddingFactors, LinearFactors
 from tests.auditing.clean import CLEAN, NO_EMPTY_BATCH
 from tests.auditing.loops import Loop
 from tests.auditing.planted import PLANTED, Planted
@@ -325,3 +326,60 @@ def test_unfreezing_after_wrapping_is_no_matter_in_bk() -> None:
     assert not report["freshness"].findings
     (finding,) = report["loop lint"].findings
     assert "are not in the optimizer" in finding.message
+
+
+# --- units ----------------------------------------------------------------------------------------------
+
+TWO_ROWS_EACH = ["a", "b", "a", "c", "c", "b"]
+
+
+def test_a_unit_less() -> None:
+    model = dpzoo.convert(stock_model("GPT2LMHeadModel", dtype=torch.float32))
+    batch = batch_for("GPT2LMHeadModel", rows=6)
+    report = audit(model, batch, modes=("bk",), unit_ids=TWO_ROWS_EACH, checks=("sensitivity",))
+    assert report.ok, str(report)
+    assert not report.findings
+
+
+@pytest.mark.parametrize("bug", ["rows are clipped as units", "a norm without cross terms"])
+def test_a_broken_unit_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row by itself has norm C at most, and the unit has more: only a unit less shows it."""
+    if bug == "rows are clipped as units":
+        monkeypatch.setattr(Units, "mean", lambda self, losses: losses)
+        norms = Book.squared_norms
+        monkeypatch.setattr(
+            Book,
+            "squared_norms",
+            lambda self: {p: v / self.units.sizes.to(v) ** 2 for p, v in norms(self).items()},
+        )
+    else:
+        add = Book.add
+
+        def by_row(self: Book, parameter: Any, use: Any, region: Any = None) -> None:
+            add(self, parameter, use, region)
+            if int(self.units.sizes.max()) > 1:
+                for group, uses in zip(
+                    self.units.groups, self._uses[parameter][region], strict=True
+                ):
+                    rows = use.joined(EACH).squared_norm()[0]
+                    uses.squared, uses.magnitude = group.summed(rows), None
+
+        monkeypatch.setattr(Book, "add", by_row)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 8))
+    batch = (torch.randn(1, 4).expand(6, 4).contiguous(),)
+    options: dict[str, Any] = {"modes": ("bk",), "checks": ("sensitivity",)}
+    assert audit(model, batch, **options).ok
+    report = audit(model, batch, **options, unit_ids=TWO_ROWS_EACH)
+    (finding,) = report.findings
+    assert finding.severity == "privacy"
+    assert "one unit less" in finding.message
+
+
+def test_unit_ids_that_cannot_be_tried() -> None:
+    model, batch = torch.nn.Linear(4, 3), (torch.randn(6, 4),)
+    with pytest.raises(dpzoo.InputError, match="unit_ids of one unit"):
+        audit(model, batch, modes=("bk",), unit_ids=["a"] * 6)
+    with pytest.raises(dpzoo.InputError, match="has 5 ids for 6 rows"):
+        audit(model, batch, modes=("bk",), unit_ids=TWO_ROWS_EACH[1:])
+    with pytest.raises(dpzoo.InputError, match="wanted 'bk' among the modes"):
+        audit(model, batch, unit_ids=TWO_ROWS_EACH)

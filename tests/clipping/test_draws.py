@@ -595,7 +595,7 @@ def test_a_row_moves_the_adaptive_count_by_half() -> None:
     for rows in (5, 4):
         run = by_hand(max_grad_norm=1.0, **options)
         run.backward(BATCH[0][:rows], BATCH[1][:rows])
-        found.append(run.optimizer._halves)
+        found.append(run.optimizer.rule.halves)
     assert abs(found[0] - found[1]) == 0.5
     with pytest.raises(InputError, match="wanted mode 'bk'"):
         by_hand(mode="hooks", max_grad_norm=1.0, **options)

@@ -54,17 +54,33 @@ def row_gradients(model: nn.Module, batch: Batch) -> list[dict[str, torch.Tensor
     return made
 
 
-def assert_exact(model: nn.Module, batch: Batch, tolerance: float = 1e-10) -> BookKeepingHooks:
-    """Every row's gradient and its norm, in every parameter, equal those of the row alone."""
+def unit_gradients(rows: list[dict[str, Any]], ids: Any) -> list[dict[str, torch.Tensor]]:
+    """The means over each unit's rows, units as they come."""
+    made: list[dict[str, torch.Tensor]] = []
+    for unit in dict.fromkeys(ids):
+        own = [row for row, of in zip(rows, ids, strict=True) if of == unit]
+        names = dict.fromkeys(name for row in own for name in row)
+        made.append({n: sum(r[n] for r in own if n in r) / len(own) for n in names})  # type: ignore[misc]
+    return made
+
+
+def assert_exact(
+    model: nn.Module, batch: Batch, tolerance: float = 1e-10, ids: Any = None
+) -> BookKeepingHooks:
+    """Every row's gradient and its norm, in every parameter, equal those of the row alone.
+
+    With ``ids``, the ids of the rows' units: every unit's equal the mean of its rows', each alone.
+    """
     torch.manual_seed(0)
     for p in model.parameters():
         with torch.no_grad():
             p.copy_(torch.randn_like(p) * 0.4)
     wanted = row_gradients(model, batch)
+    wanted = wanted if ids is None else unit_gradients(wanted, ids)
     watched = BookKeepingHooks(model)
     for i, alone in enumerate(wanted):
         one = OneRow(model, i)
-        watched.backward(loss_of(model(**batch)), one)
+        watched.backward(loss_of(model(**batch)), one, ids)
         scale = sum(float(g.square().sum()) for g in alone.values()) ** 0.5
         for name, p in model.named_parameters():
             if not p.requires_grad:
