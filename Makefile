@@ -21,7 +21,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all fuzz matrix bench lint format build clean
+.PHONY: help install demo test test-slow test-all fuzz matrix supply-chain constraints reliability bench lint format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,16 @@ fuzz: $(STAMP)  ## try random models, batches and damaged files, many times the 
 
 matrix: $(STAMP)  ## run the tests with the oldest and the newest versions, and write docs/versions.md (an hour)
 	$(BIN)/python .ci/matrix
+
+supply-chain: $(STAMP)  ## write docs/licences.md, and check the pins for known vulnerabilities (needs the network)
+	$(BIN)/python .ci/supply-chain licences
+	$(BIN)/python .ci/supply-chain vulnerabilities
+
+constraints: $(STAMP)  ## write constraints.txt: the newest versions that resolve today
+	$(BIN)/python .ci/supply-chain constraints
+
+reliability: $(STAMP)  ## write docs/reliability.md: what became of everything odd, damaged or interrupted
+	$(BIN)/python docs/reliability.py
 
 bench: $(STAMP)  ## measure private steps against non-private ones (a quarter of an hour; keep the machine idle)
 	$(BIN)/dpzoo bench roberta-base --layers 4 --batch 8 --seq 128

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.tally import WHOLE, count
+
 EVENTS = frozenset(
     {
         "ctypes.dlsym",
@@ -47,6 +49,7 @@ def killed_at_each_instant(work: Callable[[], Any]) -> Iterator[int]:
     while True:
         status = _child(work, at, lambda: os.kill(os.getpid(), signal.SIGKILL), EVENTS)
         yield at
+        count("a process killed at each instant of a write", WHOLE)
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0, f"event {at}: status {status}"
             return
@@ -63,6 +66,7 @@ def refused_at_each_instant(work: Callable[[], Any]) -> Iterator[int]:
     while True:
         status = _child(work, at, refuse, WRITES)
         yield at
+        count("a disk that is full at each instant of a write", WHOLE)
         assert not os.WIFSIGNALED(status)
         if os.WEXITSTATUS(status) == 0:
             return

@@ -17,6 +17,7 @@ from dpzoo.cli import main
 from dpzoo.errors import InputError, UnsupportedConfigError, UnsupportedModelError
 from dpzoo.models.fields import refuse_sizes
 from tests.support import FAMILY, NAMES, TASK, stock_model, tiny_config
+from tests.tally import CLEAR, count
 
 
 @pytest.fixture
@@ -85,6 +86,7 @@ def test_an_absurd_config_is_named_before_anything_is_built(
     assert data["ok"] is False
     assert captured.err == f"dpzoo: {data['error']}\n"
     assert not (tmp_path / "out").exists()
+    count("a config.json with an absurd or mistyped value", CLEAR)
 
 
 def test_absurd_arguments_are_named_too(source: Path) -> None:
@@ -279,6 +281,7 @@ def test_a_broken_checkpoint_is_one_clear_line_in_every_command(
     assert data["ok"] is False
     assert re.search(message, data["error"]), data["error"]
     assert captured.err == f"dpzoo: {data['error']}\n"
+    count("a broken checkpoint in convert, audit and bench", CLEAR)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,15 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import dpzoo
 from dpzoo.checkpoints import load
 from dpzoo.cli import main
 from dpzoo.errors import DpzooError, InputError
 from dpzoo.integrations.state import PrivacyState, digests, save_random_state
 from dpzoo.ledger import Ledger
+from dpzoo.models.base import PerSampleModel
 from tests.modes import ALL_MODES, assert_step_is_exact
 from tests.support import FAMILY, NAMES, TASK, TIED, batch_for, stock_model
+from tests.tally import AS_STOCK, CLEAR, WHOLE, count, no_hang
 
 
 def examples(count: int) -> int:
@@ -124,6 +125,7 @@ def test_a_step_of_any_model_in_any_mode_is_that_of_its_rows_alone(problem: dict
         rows=problem["rows"],
         reduction=problem["reduction"],
     )
+    count("a private step of a random model, batch and mode, against its rows alone", AS_STOCK)
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -202,15 +204,18 @@ def copied(source: Path, folder: str) -> Path:
     return place
 
 
-def refused_or_whole(place: Path) -> None:
+def refused_or_whole(place: Path, kind: str) -> None:
     """A checkpoint is loaded, or refused by an error of ours."""
     try:
-        model = load(place)
+        with no_hang():
+            model = load(place)
     except DpzooError:
         event("refused")
+        count(kind, CLEAR)
         return
     event("loaded")
-    assert isinstance(model, dpzoo.models.base.PerSampleModel)
+    assert isinstance(model, PerSampleModel)
+    count(kind, AS_STOCK)
 
 
 @settings(max_examples=examples(90))
@@ -224,7 +229,7 @@ def test_a_config_with_any_value_is_refused_or_loads(
         field = data.draw(st.sampled_from(sorted(fields)) | st.text(max_size=8))
         fields[field] = value
         (place / "config.json").write_text(json.dumps(fields))
-        refused_or_whole(place)
+        refused_or_whole(place, "a config.json with any value in any field")
 
 
 @settings(max_examples=examples(90))
@@ -239,7 +244,7 @@ def test_a_checkpoint_with_any_damage_is_refused_or_loads(
     with tempfile.TemporaryDirectory() as folder:
         place = copied(sources[name], folder)
         (place / file).write_bytes(damage((place / file).read_bytes()))
-        refused_or_whole(place)
+        refused_or_whole(place, "a checkpoint with bytes flipped, cut, inserted, or lines moved")
 
 
 @settings(max_examples=examples(25))
@@ -265,6 +270,8 @@ def test_convert_never_certifies_what_lacks_a_tensor(
         status = main(["convert", str(place), str(out), "--json"])
         assert status == (0 if kind == "half" else 2 if kind == "reshape" else 1)
         assert out.exists() == (status == 0)
+        kind = "`dpzoo convert` of a checkpoint with a tensor changed or gone"
+        count(kind, WHOLE if status == 0 else CLEAR)
 
 
 # --- accounts -----------------------------------------------------------------------------------
@@ -296,8 +303,10 @@ def test_a_ledger_with_any_damage_is_refused_or_says_what_it_said(
             found = other.paid("run")
         except InputError:
             event("refused")
+            count("a ledger with any damage", CLEAR)
             return
         assert found == paid
+        count("a ledger with any damage", WHOLE)
 
 
 @settings(max_examples=examples(40))
@@ -318,5 +327,7 @@ def test_a_checkpoints_account_with_any_damage_is_refused_or_says_what_it_said(
             found = PrivacyState.load(place)
         except InputError:
             event("refused")
+            count("a checkpoint's privacy state with any damage", CLEAR)
             return
         assert found == state
+        count("a checkpoint's privacy state with any damage", WHOLE)
