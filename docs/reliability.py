@@ -18,12 +18,7 @@ sys.path.insert(0, str(ROOT))
 from dpzoo.files import write_text  # noqa: E402
 from tests.tally import HANG, OUTCOMES, TALLY  # noqa: E402
 
-TESTS = (
-    "tests/models/test_inputs.py",
-    "tests/test_checkpoints.py",
-    "tests/test_files.py",
-    "tests/test_fuzz.py",
-)
+TESTS = ("models/test_inputs.py", "test_checkpoints.py", "test_files.py", "test_fuzz.py")
 
 PAGE = """\
 # What happens when something is wrong
@@ -41,9 +36,9 @@ middle of its writes. Each case has to end in one of three ways; anything else f
 {table}
 
 Silently wrong is a case whose result differs from stock's or from what was written, and no error says so.
-A hang is a case of over {hang} seconds. Lost is a write after which neither the old nor the new is readable.
-A flipped bit in the numbers of a weight is no damage that a stock checkpoint can show: it has no checksum.
-(DPTrainer's checkpoints have one, and refuse it.)
+A hang is a case of over {hang} seconds. Lost is a write after which neither the old nor the new can be
+read. A flipped bit in the numbers of a weight is no damage that a stock checkpoint can show: it has no
+checksum. (DPTrainer's checkpoints have one, and refuse it.)
 
 Made with {versions} by
 

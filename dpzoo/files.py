@@ -62,9 +62,9 @@ def whole_folder(
     """A folder to fill, which replaces ``path`` when the block ends without an error.
 
     A folder that keeps some of what it has is replaced in one step too, unless it has subfolders, is where
-    the process runs, or the file system has no hard links. Its files are then replaced one after the other,
-    with ``last`` removed first and put back last: the folder is no checkpoint meanwhile, and never a mixed
-    one.
+    the process runs, or the file system cannot move it or has no hard links. Its files are then replaced
+    one after the other, with ``last`` removed first and put back last: the folder is no checkpoint
+    meanwhile, and never a mixed one.
 
     Args:
         path: of the folder; of a symbolic link, what it points to is replaced.
@@ -89,9 +89,7 @@ def whole_folder(
         for file in part.rglob("*"):
             _sync(file)
         kept = [name for name in _listed(place) if keep(name) and not (part / name).exists()]
-        if not within and _link(place, part, kept):
-            _swap(part, place)
-        else:
+        if within or not _link(place, part, kept) or not _swap(part, place):
             _one_by_one(part, place, last, kept)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -101,23 +99,27 @@ def whole_folder(
 # --- taking the place ---------------------------------------------------------------------------
 
 
-def _swap(part: Path, place: Path) -> None:
-    """Put a folder in its place; one that is there takes the other's."""
+def _swap(part: Path, place: Path) -> bool:
+    """Put a folder in its place; one that is there takes the other's. False where it cannot be moved."""
     _sync(part)
     if not _listed(place):
         os.rename(part, place)
-        return
+        return True
     shutil.copymode(place, part)
     if _exchange(part, place):
-        return
+        return True
     old = _name(place, "old")  # which the next writer puts back, if this one is killed just here
-    os.rename(place, old)
+    try:
+        os.rename(place, old)
+    except OSError:  # a folder of a container's image, say, has to stay on its layer
+        return False
     try:
         os.rename(part, place)
     except BaseException:
         os.rename(old, place)
         raise
     os.rename(old, part)
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:
