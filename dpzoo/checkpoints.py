@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import huggingface_hub.constants
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpzoo.errors import DpzooError, InputError
@@ -126,7 +126,9 @@ def lost(missing: Iterable[str], cls: type[PerSampleModel], config: PreTrainedCo
     if not names:
         return []
     base = stock_class(model_class(config.model_type, "base"))
-    saved_as = getattr(transformers, str((config.architectures or [None])[0]), base)
+    saved_as: Any = getattr(transformers, str((config.architectures or [None])[0]), None)
+    if not (isinstance(saved_as, type) and issubclass(saved_as, PreTrainedModel)):
+        saved_as = base  # the name is the checkpoint's: nothing but a model's class is called by it
     try:
         wanted = _names(saved_as, config)
     except Exception:  # of another kind, or one that cannot be built from this config

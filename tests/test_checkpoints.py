@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import dpzoo
@@ -194,6 +195,20 @@ def test_a_new_head_may_be_random_and_an_old_one_not(source: Path) -> None:
     edit_weights(source, lambda state: state.pop("bert.encoder.layer.0.output.dense.bias"))
     with pytest.raises(InputError, match=r"source lacks bert.encoder.layer.0.output.dense.bias: a"):
         load(source, "sequence-classification")
+
+
+def test_nothing_but_a_models_class_is_called_by_the_name_that_a_checkpoint_gives(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(
+        transformers, "hostile", lambda config: called.append(config), raising=False
+    )
+    edit_config(source, architectures=["hostile"])
+    edit_weights(source, lose_a_layer)
+    with pytest.raises(InputError, match="source lacks bert.encoder.layer.1"):
+        load(source, "sequence-classification")
+    assert called == []
 
 
 def test_not_a_number_is_named_and_the_json_is_valid(
