@@ -206,7 +206,7 @@ def test_nothing_but_a_models_class_is_called_by_the_name_that_a_checkpoint_give
     )
     edit_config(source, architectures=["hostile"])
     edit_weights(source, lose_a_layer)
-    with pytest.raises(InputError, match="source lacks bert.encoder.layer.1"):
+    with pytest.raises(InputError, match=r"source lacks bert.encoder.layer.1"):
         load(source, "sequence-classification")
     assert called == []
 
