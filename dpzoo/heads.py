@@ -234,14 +234,68 @@ def train_head(
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     scale = 1 / (feature_norm or math.sqrt(layer.in_features))
-    loader: Any = DataLoader(
+    head = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    run = fit_head(
+        head,
         TensorDataset(values.float() * scale, labels),
+        epsilon=epsilon,
+        delta=delta,
+        epochs=epochs,
         batch_size=max(1, min(batch_size or rows, math.ceil(rows / 2))),
-        shuffle=True,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        max_grad_norm=max_grad_norm,
+        accountant=accountant,
     )
+    with torch.no_grad():
+        layer.weight.copy_(head.weight * scale)
+        if layer.bias is not None:
+            layer.bias.copy_(head.bias)
+    return run
+
+
+def fit_head(
+    head: nn.Module,
+    data: TensorDataset,
+    *,
+    epsilon: float | None,
+    delta: float | None,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    momentum: float = 0.9,
+    max_grad_norm: float = 0.5,
+    averaged_share: float = 0.5,
+    accountant: str = "prv",
+) -> HeadRun:
+    """Train a small module on features from zero, in place: the loop of `train_head`.
+
+    Args:
+        head: maps the columns of `data` but the last to logits (rows, classes). Its parameters become 0.
+        data: columns of features, and (rows,) labels.
+        epsilon: as in `train_head`, and so are the others.
+        delta: of the guarantee.
+        epochs: expected number of times that a row is drawn.
+        batch_size: expected rows of a step.
+        learning_rate: the first one, from epsilon 8 on.
+        momentum: of SGD.
+        max_grad_norm: C.
+        averaged_share: the share of the steps, the last ones, whose weights are averaged.
+        accountant: "prv" or "rdp".
+
+    Returns:
+        What was spent.
+
+    Guarantees:
+        As `train_head`.
+    """
+    parameters = list(head.parameters())
+    for parameter in parameters:
+        nn.init.zeros_(parameter)
+    loader: Any = DataLoader(data, batch_size=batch_size, shuffle=True)
     steps, rate = epochs * len(loader), 1 / len(loader)
     learning_rate *= 1.0 if epsilon is None else min(1.0, math.sqrt(epsilon / 8))
-    inner = torch.optim.SGD(head.parameters(), lr=learning_rate, momentum=momentum)
+    inner = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: max(0.0, 1 - step / steps))
     module: Any = head
     optimizer: Any = inner
@@ -259,25 +313,24 @@ def train_head(
             max_grad_norm=max_grad_norm,
             grad_sample_mode="bk",
         )
-    averaged = [torch.zeros_like(parameter) for parameter in head.parameters()]
-    first = steps // 2
+    averaged = [torch.zeros_like(parameter) for parameter in parameters]
+    first = steps - max(1, round(averaged_share * steps))
     done = 0
     for _ in range(epochs):
-        for batch, wanted in loader:
+        for *columns, wanted in loader:
             optimizer.zero_grad()
-            criterion(module(batch), wanted).backward()
+            criterion(module(*columns), wanted).backward()
             optimizer.step()
             schedule.step()
-            if done >= first:
-                for mean, parameter in zip(averaged, head.parameters(), strict=True):
+            if done >= first:  # of noisy weights: costs no privacy
+                for mean, parameter in zip(averaged, parameters, strict=True):
                     mean += parameter.detach() / (steps - first)
             done += 1
     if epsilon is not None:
         module.to_standard_module()  # takes the engine's hooks off
     with torch.no_grad():
-        layer.weight.copy_(averaged[0] * scale)
-        if layer.bias is not None:
-            layer.bias.copy_(averaged[1])
+        for mean, parameter in zip(averaged, parameters, strict=True):
+            parameter.copy_(mean)
     if epsilon is None or delta is None:
         return HeadRun(None, None, None, rate, done)
     noise = float(optimizer.noise_multiplier)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from every_parameter import minilm_folder
-from quickstart_data import DataError, Row, tsv_data
+from support.data import DataError, Row, tsv_data
+from support.models import minilm_folder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

@@ -1,7 +1,7 @@
 """The command line: ``dpzoo list | convert | audit | bench``.
 
 Each command is a module with ``add_parser(commands)``, which describes it and sets ``run``, and
-``run(options)``, which returns the exit status.
+``run(options)``, which returns the exit status. It is imported when it is called: torch takes seconds.
 """
 
 import argparse
@@ -13,14 +13,19 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 
-from dpzoo.cli import audit, bench, convert
-from dpzoo.cli import list as list_
 from dpzoo.cli.output import print_json
 from dpzoo.errors import DpzooError
 from dpzoo.versions import __version__
 
-COMMANDS = (list_, convert, audit, bench)
+COMMANDS = {
+    "list": "show families, tasks, classes and known checkpoints",
+    "convert": "write a verified stock safetensors checkpoint",
+    "audit": "prove that a model's private training is right",
+    "bench": "measure what a private step costs",
+}
+"""Command -> what the program's help says of it; the module says the same."""
 
 EPILOG = """\
 exit status:
@@ -61,20 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 on arguments that do not parse, with 0 after --help and --version.
     """
-    words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is a module here
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a locale without our characters
     try:
-        options = parser().parse_args(words)
+        with _signals():
+            options = parser(words).parse_args(words)
+            status: int = options.run(options)
+            sys.stdout.flush()
+            return status
     except SystemExit as stop:
         if stop.code == 2:
             _fail("its arguments do not parse; see standard error", words, said=True)
         raise
-    try:
-        with _signals():
-            status: int = options.run(options)
-            sys.stdout.flush()
-            return status
     except BrokenPipeError:  # the reader went away, as head does: there is nobody to complain to
         _drop_output()
         return 0
@@ -136,8 +140,12 @@ def _signals() -> Iterator[None]:
             signal.signal(number, old)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of ``dpzoo`` with all its commands."""
+def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of ``dpzoo``.
+
+    Args:
+        words: what it is going to parse; only the command among them is imported. None for all commands.
+    """
     whole = argparse.ArgumentParser(
         prog="dpzoo",
         description="Transformers that train with differential privacy, from stock checkpoints and back.",
@@ -148,6 +156,9 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(
         required=True, metavar="command", description="dpzoo COMMAND --help says more about each"
     )
-    for command in COMMANDS:
-        command.add_parser(commands)
+    for name, text in COMMANDS.items():
+        if words is None or name in words:
+            import_module(f"dpzoo.cli.{name}").add_parser(commands)
+        else:
+            commands.add_parser(name, help=text)
     return whole
