@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     )
     from dpzoo.pretrained import from_config, from_pretrained
     from dpzoo.registry import list_models
+    from dpzoo.training import Recipe, train
 
 __all__ = [
     "AuditFailedError",
@@ -95,6 +96,7 @@ __all__ = [
     "InputError",
     "ModelLoss",
     "PrivacyEngine",
+    "Recipe",
     "RobertaForCausalLM",
     "RobertaForMaskedLM",
     "RobertaForMultipleChoice",
@@ -113,6 +115,7 @@ __all__ = [
     "list_models",
     "prime_empty_batches",
     "to_transformers",
+    "train",
 ]
 
 _HOMES = (
@@ -128,6 +131,7 @@ _HOMES = (
     "conversion",
     "pretrained",
     "auditing",
+    "training",
 )
 """Where the public names are, in the order in which they are looked for: what imports least first."""
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,7 @@ def read_features(
     *,
     max_length: int = 128,
     batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """What the last layer of a classifier reads of each text.
 
@@ -141,6 +142,7 @@ def read_features(
         texts: one for each row.
         max_length: in tokens; the rest of a longer text is cut off. Not to be read off the rows.
         batch_size: texts in memory at a time, of similar length. Changes time and memory, not the result.
+        progress: called after each batch with the characters read so far, and all.
 
     Returns:
         (rows, width) float32 on the CPU, in the order of the texts.
@@ -158,6 +160,7 @@ def read_features(
     training = model.training
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []
+    done, total = 0, sum(map(len, texts))
     model.set_submodule(path, nn.Identity())  # "logits" are then what it would have read
     try:
         model.eval()
@@ -170,6 +173,9 @@ def read_features(
                 return_tensors="pt",
             ).to(layer.weight.device)
             parts.append(model(**batch).logits.float().cpu())
+            if progress is not None:
+                done += sum(len(texts[i]) for i in order[start : start + batch_size])
+                progress(done, total)
     finally:
         model.set_submodule(path, layer)
         model.train(training)
@@ -191,6 +197,7 @@ def train_head(
     max_grad_norm: float = 0.5,
     feature_norm: float | None = None,
     accountant: str = "prv",
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> HeadRun:
     """Train the last layer of a classifier from zero, in place, on features.
 
@@ -214,6 +221,7 @@ def train_head(
         feature_norm: what the features are divided by: their usual norm, from public knowledge. By default
             the root of the width, for entries of about 1; `pool_by_mean` returns that of its own.
         accountant: "prv" or "rdp".
+        progress: called after each step with the steps taken, all steps, and the loss (not private).
 
     Returns:
         What was spent.
@@ -230,9 +238,6 @@ def train_head(
     _check(layer, values, labels)
     if epsilon is not None and delta is None:
         raise InputError("train_head got an epsilon and no delta, wanted both: at most 1 / rows.")
-    head = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
     scale = 1 / (feature_norm or math.sqrt(layer.in_features))
     head = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     run = fit_head(
@@ -246,6 +251,7 @@ def train_head(
         momentum=momentum,
         max_grad_norm=max_grad_norm,
         accountant=accountant,
+        progress=progress,
     )
     with torch.no_grad():
         layer.weight.copy_(head.weight * scale)
@@ -267,6 +273,7 @@ def fit_head(
     max_grad_norm: float = 0.5,
     averaged_share: float = 0.5,
     accountant: str = "prv",
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> HeadRun:
     """Train a small module on features from zero, in place: the loop of `train_head`.
 
@@ -282,6 +289,7 @@ def fit_head(
         max_grad_norm: C.
         averaged_share: the share of the steps, the last ones, whose weights are averaged.
         accountant: "prv" or "rdp".
+        progress: as in `train_head`.
 
     Returns:
         What was spent.
@@ -319,13 +327,16 @@ def fit_head(
     for _ in range(epochs):
         for *columns, wanted in loader:
             optimizer.zero_grad()
-            criterion(module(*columns), wanted).backward()
+            loss = criterion(module(*columns), wanted)
+            loss.backward()
             optimizer.step()
             schedule.step()
             if done >= first:  # of noisy weights: costs no privacy
                 for mean, parameter in zip(averaged, parameters, strict=True):
                     mean += parameter.detach() / (steps - first)
             done += 1
+            if progress is not None:
+                progress(done, steps, float(loss.detach()))
     if epsilon is not None:
         module.to_standard_module()  # takes the engine's hooks off
     with torch.no_grad():

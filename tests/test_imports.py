@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("catalogue", "conversion", "pretrained"),
     ("checkpoints",),
     ("auditing", "bench", "families", "integrations", "parity"),
+    ("training",),
     ("",),  # dpzoo/__init__.py
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""The command line: ``dpzoo list | convert | audit | bench``.
+"""The command line: ``dpzoo list | convert | audit | bench | train``.
 
 Each command is a module with ``add_parser(commands)``, which describes it and sets ``run``, and
 ``run(options)``, which returns the exit status. It is imported when it is called: torch takes seconds.
@@ -21,6 +21,7 @@ from dpzoo.versions import __version__
 
 COMMANDS = {
     "list": "show families, tasks, classes and known checkpoints",
+    "train": "train a model on private text",
     "convert": "write a verified stock safetensors checkpoint",
     "audit": "prove that a model's private training is right",
     "bench": "measure what a private step costs",
@@ -42,6 +43,7 @@ what goes where:
 
 examples:
   dpzoo list                                      what dpzoo has
+  dpzoo train reviews.tsv --epsilon 3             a private model of a file of texts
   dpzoo convert bert-base-uncased bert-base       any checkpoint to a verified safetensors one
   dpzoo audit bert-base --task sequence-classification
   dpzoo bench bert-base --modes ghost,bk          what privacy costs in time and memory

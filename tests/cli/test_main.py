@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMANDS = ("list", "convert", "audit", "bench")
+COMMANDS = ("list", "train", "convert", "audit", "bench")
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
