@@ -14,13 +14,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "example_batch", "factors", "modes", "opacus_internals", "versions"),
+    (
+        "errors",
+        "example_batch",
+        "factors",
+        "files",
+        "modes",
+        "opacus_internals",
+        "versions",
+    ),
+    ("shapes",),
     ("data", "layers", "ledger", "losses"),
     ("clipping", "grad_samplers", "transfer"),
     ("heads", "models"),
     ("registry",),
     ("catalogue", "conversion", "pretrained"),
-    ("families",),
+    ("checkpoints", "families"),
     ("auditing", "bench", "integrations", "parity"),
     ("training",),
     ("",),  # dpzoo/__init__.py
