@@ -20,14 +20,14 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all matrix bench lint format build clean
+.PHONY: help install demo test test-slow test-all matrix bench docs lint format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP)  ## make the environment, with the tested versions (the other targets do it when needed)
 
-# The stamp is the last thing written: an installation that broke off is begun again, and one that is
+# The stamp is the last thing written: an installation that broke off starts again, and one that is
 # older than the two files that describe it is brought up to date.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c '' || { echo "error: cannot run '$(PYTHON)'; name a Python 3.10 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -57,12 +57,15 @@ matrix: $(STAMP)  ## run the tests with the oldest and the newest versions, and 
 bench: $(STAMP)  ## measure private steps against non-private ones (a quarter of an hour; keep the machine idle)
 	$(BIN)/dpzoo bench roberta-base --layers 4 --batch 8 --seq 128
 
+docs: $(STAMP)  ## build the documentation into build/site, strictly: a broken link or a page without a place fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: $(STAMP)  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## mend what the linter can mend, and format
+format: $(STAMP)  ## fix what the linter can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -49,7 +49,7 @@ def prime_empty_batches(loader: DataLoader[Any], example: Any = None) -> DataLoa
     small tests), rows that are dicts, as transformers' collators take them, give a ``TypeError``.
     Call this once on the loader that ``make_private`` returned.
 
-    With several processes it also puts a `LockstepSampler` in the place of Opacus', which leaves empty
+    With several processes it also replaces Opacus' sampler by a `LockstepSampler`: Opacus' leaves empty
     batches out. Every rank has to draw its rows with another seed than the others: seed them apart,
     or not at all, before training begins.
 

@@ -71,7 +71,7 @@ def from_config(
         The model, in training mode, as from its constructor.
 
     Raises:
-        As `from_pretrained`.
+        UnsupportedModelError: as `from_pretrained`.
     """
     build = {key: kwargs.pop(key) for key in ("dtype", "attn_implementation") if key in kwargs}
     if not isinstance(config, PreTrainedConfig):

@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -21,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("catalogue", "conversion", "pretrained"),
     ("families",),
     ("auditing", "bench", "integrations", "parity"),
+    ("training",),
     ("",),  # dpzoo/__init__.py
     ("cli",),
 )
@@ -99,3 +101,12 @@ def test_a_wrong_import_is_found(text: str) -> None:
     texts["dpzoo.registry"] = "import dpzoo.layers.attention"
     with pytest.raises(CycleError):
         list(TopologicalSorter(graph(texts)).static_order())
+
+
+def test_the_way_through_the_code_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    way = text[text.index("## The way through the code") : text.index("## Versions")]
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", way)
+    assert len(named) > 20
+    places = [ROOT, ROOT / "dpzoo", ROOT / "dpzoo" / "clipping"]
+    assert [name for name in named if not any((at / name).is_file() for at in places)] == []

@@ -149,7 +149,7 @@ def _freshness(loop: Loop, record: Record) -> None:
             "privacy",
             "parameters were unfrozen after the model was wrapped: their gradients are trained on and "
             "do not count in the norm that rows are clipped by",
-            "set requires_grad before make_private, and wrap anew after a change",
+            "set requires_grad before make_private, and wrap the model again after a change",
             parameters=late,
             mode=loop.mode,
         )

@@ -20,7 +20,7 @@ from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_nor
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
 from dpzoo.auditing.randomness import Draws, numbers
 from dpzoo.auditing.row_losses import Loss, RowLoss
-from dpzoo.clipping.units import labels_of
+from dpzoo.clipping.units import checked_ids
 from dpzoo.errors import InputError
 from dpzoo.modes import MODES
 
@@ -64,7 +64,7 @@ class Subject:
         self.user_loss = loss
         given = Batch(batch)
         sizes = {size for p in model.parameters() for size in p.shape}
-        self.units = None if unit_ids is None else (given, labels_of(unit_ids, given.rows))
+        self.units = None if unit_ids is None else (given, checked_ids(unit_ids, given.rows))
         """The batch as it was given, and the ids of its rows' units; None without ids."""
         if self.units is not None and len(set(self.units[1])) < 2:
             raise InputError(

@@ -1,20 +1,26 @@
-"""The command line: ``dpzoo list | convert | audit | bench``.
+"""The command line: ``dpzoo list | convert | audit | bench | train``.
 
 Each command is a module with ``add_parser(commands)``, which describes it and sets ``run``, and
-``run(options)``, which returns the exit status.
+``run(options)``, which returns the exit status. It is imported when it is called: torch takes seconds.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from dpzoo.cli import audit, bench, convert
-from dpzoo.cli import list as list_  # within this file, `list` is the module, not the type
 from dpzoo.errors import DpzooError
 from dpzoo.versions import __version__
 
-COMMANDS = (list_, convert, audit, bench)
+COMMANDS = {
+    "list": "show families, tasks, classes and known checkpoints",
+    "train": "train a model on private text",
+    "convert": "write a verified stock safetensors checkpoint",
+    "audit": "prove that a model's private training is right",
+    "bench": "measure what a private step costs",
+}
+"""Command -> what the program's help says of it; the module says the same."""
 
 EPILOG = """\
 exit status:
@@ -30,6 +36,7 @@ what goes where:
 
 examples:
   dpzoo list                                      what dpzoo has
+  dpzoo train reviews.tsv --epsilon 3             a private model of a file of texts
   dpzoo convert bert-base-uncased bert-base       any checkpoint to a verified safetensors one
   dpzoo audit bert-base --task sequence-classification
   dpzoo bench bert-base --modes ghost,bk          what privacy costs in time and memory
@@ -48,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 on arguments that do not parse, with 0 after --help and --version.
     """
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser(words).parse_args(words)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -64,8 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of ``dpzoo`` with all its commands."""
+def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of ``dpzoo``.
+
+    Args:
+        words: what it is going to parse; only the command among them is imported. None for all commands.
+    """
     whole = argparse.ArgumentParser(
         prog="dpzoo",
         description="Transformers that train with differential privacy, from stock checkpoints and back.",
@@ -76,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(
         required=True, metavar="command", description="dpzoo COMMAND --help says more about each"
     )
-    for command in COMMANDS:
-        command.add_parser(commands)
+    for name, text in COMMANDS.items():
+        if words is None or name in words:
+            import_module(f"dpzoo.cli.{name}").add_parser(commands)
+        else:
+            commands.add_parser(name, help=text)
     return whole

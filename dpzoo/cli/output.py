@@ -73,11 +73,18 @@ def _rich_table(
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in header:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for place, name in enumerate(header):
+        # What is copied out of a table is in its first column: never in two lines.
+        whole = {"no_wrap": True, "min_width": max(map(len, (name, *(row[0] for row in rows))))}
+        table.add_column(
+            name,
+            justify="right" if name in numbers else "left",
+            overflow="fold",
+            **({} if place else whole),  # type: ignore[arg-type]
+        )
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout, highlight=False, markup=False).print(table)
+    Console(file=sys.stdout, highlight=False, markup=False).print(table, crop=False)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpzoo.clipping import layouts
+from dpzoo.clipping.graph import walk
 from dpzoo.clipping.units import Units
 from dpzoo.factors import (
     DenseGrads,
@@ -249,19 +250,8 @@ class Book:
                         self.add_dense(leaf, grad, "hand_on")
 
     def _leaves(self, z: torch.Tensor) -> list[torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
-        seen: set[Any] = set()
-        ahead: list[Any] = [z.grad_fn]
-        while ahead:
-            node = ahead.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in self._parameters:
-                found[id(leaf)] = self._parameters[id(leaf)]
-            ahead.extend(following for following, _ in node.next_functions)
-        return list(found.values())
+        ids = (id(getattr(node, "variable", None)) for node in walk(z.grad_fn))
+        return [self._parameters[key] for key in dict.fromkeys(ids) if key in self._parameters]
 
     # --- norms and sums -------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Sampler
 
-from dpzoo.clipping.units import UnitRows, Units, labels_of
+from dpzoo.clipping.units import UnitRows, Units, checked_ids
 from dpzoo.errors import InputError
 
 ONE_STEP = "One step takes the rows of one draw, each once"
@@ -62,6 +62,7 @@ class Draws:
         self._drawn: deque[Draw] = deque()
         self._taken = 0
         self._left: dict[int, int] | None = None  # of the draw's units; None: all of them
+        self._named = False  # the coming rows' units, by ids
         self._seen: set[Any] = set()  # ids of the step's units, where the caller answers for them
         self._parts: list[torch.Tensor] = []  # by which rows are seen that share memory
         self._came: dict[int, Counter[int]] = {}  # input: its rows so far, by which copies are seen
@@ -124,25 +125,27 @@ class Draws:
             InputError: a unit of the draw is there in part; ids without a data set of units, or of units
                 that the draw does not have.
         """
+        names = None if ids is None else checked_ids(ids, rows)
+        self._named = names is not None
         if not self.strict:
-            given = set(() if ids is None else labels_of(ids, rows))
-            if self._seen & given:
+            again = self._seen.intersection(names or ())
+            if again:
                 raise self._refuse(
-                    f"Rows of {next(iter(self._seen & given))!r} came in two parts of one step, wanted all "
-                    f"rows of a unit in one backward pass: they are clipped as one."
+                    f"Rows of {again.pop()!r} came in two parts of one step, wanted all rows of a unit in "
+                    f"one backward pass: they are clipped as one."
                 )
-            self._seen |= given
-            return Units(range(rows) if ids is None else labels_of(ids, rows))
-        if self.dataset is None and ids is not None:
+            self._seen.update(names or ())
+            return Units(range(rows) if names is None else names)
+        if self.dataset is None and names is not None:
             raise InputError(
                 "backward() got unit_ids, and make_private got none, so that rows are drawn, not units. "
                 "Give make_private(unit_ids=...) the ids of all rows of the data set."
             )
         drawn = self._drawn[0].units if self._drawn else None
-        if drawn is None:
+        if drawn is None or (self._handed or 0) > 1:  # `take` refuses the second
             return Units(range(rows))
         left = dict(drawn) if self._left is None else self._left
-        if ids is None:
+        if names is None:
             ends = [0, *accumulate(left.values())]
             if rows > ends[-1]:
                 return Units(range(rows))  # `take` refuses them
@@ -150,7 +153,6 @@ class Draws:
             cut = "" if rows in ends else f"of unit {labels[-1]} some of {left[labels[-1]]} rows"
         else:
             assert self.dataset is not None
-            names = labels_of(ids, rows)
             labels = [self.dataset.numbers.get(name, -1) for name in names]
             wrong = [
                 f"{names.count(name)} rows of {name!r}, which has {left.get(unit, 0)} left"
@@ -201,6 +203,12 @@ class Draws:
                 f"call backward() once for each part of a batch, and optimizer.step() before the next "
                 f"batch."
             )
+        if self._drawn[0].units and not self._named and self._moved(rows, inputs):
+            raise self._refuse(
+                "The rows of a backward pass are not in the order in which the loader has them, which says "
+                "whose each is. Wanted the batch as it came, or parts of it in its order; or the ids of "
+                "the rows' units, in theirs: backward(unit_ids=...)."
+            )
         if self._taken + rows > self._drawn[0].rows:
             taken, drawn = self._taken, self._drawn[0].rows
             raise self._refuse(
@@ -212,13 +220,30 @@ class Draws:
         self._taken += rows
         self._parts += [x.detach() for x in inputs[:1]]
 
+    def _alike(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What of the batch that was handed out may have the rows of an input; none for all of it."""
+        rows = self._drawn[0].rows
+        columns = [c for c in self._columns if len(c) == rows and c.dtype == x.dtype]
+        alike = [c for c in columns if c.shape[1:] == x.shape[1:]]
+        return [] if any(_same(x, c) for c in alike) else alike
+
+    def _moved(self, rows: int, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether inputs have the batch's rows, and not those that come next."""
+        here = slice(self._taken, self._taken + rows)
+        for x in inputs:
+            alike = self._alike(x)
+            own = _digests(x) if alike else []
+            known = [d for d in map(_digests, alike) if set(own) <= set(d)]
+            if known and all(d[here] != own for d in known):
+                return True
+        return False
+
     def _came_before(self, inputs: Sequence[torch.Tensor]) -> bool:
         if any(_overlap(x, other) for x in inputs[:1] for other in self._parts):
             return True
-        columns = [c for c in self._columns if len(c) == self._drawn[0].rows]
         for k, x in enumerate(inputs):
-            alike = [c for c in columns if c.dtype == x.dtype and c.shape[1:] == x.shape[1:]]
-            if not alike or any(_same(x, c) for c in alike):
+            alike = self._alike(x)
+            if not alike:
                 continue
             came = self._came.get(k, Counter()) + Counter(_digests(x))
             # A tensor that the loop made or changed has other rows: nothing is known of it.

@@ -111,7 +111,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 the loader's batch size is of units, a unit's drawn rows are clipped as one gradient (of the
                 mean of their losses), and epsilon is for adding or removing a unit with all its rows.
             max_rows_per_unit: of a unit with more rows a draw takes so many, chosen afresh.
-            (The others are Opacus'.)
+            **kwargs: Opacus'.
 
         Raises:
             InputError: ids as of `dpzoo.clipping.units.UnitRows`, or in another mode, or without Poisson

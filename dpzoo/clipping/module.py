@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
-from dpzoo.clipping.graph import refuse_unseen
+from dpzoo.clipping.graph import Enter, refuse_unseen
 from dpzoo.clipping.meetings import meet
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
-from dpzoo.clipping.recorder import Enter, Recorder, run_backward
+from dpzoo.clipping.recorder import Recorder, run_backward
 from dpzoo.clipping.units import Units
 from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
@@ -230,7 +230,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     def per_sample_gradient_norms(self) -> torch.Tensor:
         """Norms of the last backward pass's units, (units,), as they came. NOT private: for debugging."""
         if self._norms is None:
-            # Not an AttributeError: torch would put words of its own in the place of these.
+            # Not an AttributeError: torch would replace these words by its own.
             raise InputError(
                 "per_sample_gradient_norms is not set. Call backward() on the criterion's loss first."
             )

@@ -158,6 +158,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         self.sums: dict[torch.Tensor, torch.Tensor] = {}
         self._trained: frozenset[int] = frozenset()  # the parameters of the present sums
         self._clipped_at = 0.0  # the largest norm that a row of the present sums may have
+        self.statistics: Any = None
+        """A `Statistics`, which is shown norms and sums before there is noise in them: not private."""
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -227,6 +229,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         )
         factors = self.clip_factors(squared, total.sqrt())
         finite = total.isfinite()
+        if self.statistics is not None:
+            self.statistics.see_rows(squared, total.sqrt(), self.max_grad_norm)
         kept = None if bool(finite.all()) else finite
         for parameter in squared:
             weights = factors[parameter if parameter in factors else None].to(parameter.device)
@@ -244,6 +248,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         for parameter in self.sums:
             setattr(parameter, "summed_grad", None)  # noqa: B010
         self.sums.clear()
+        if self.statistics is not None:
+            self.statistics.begin()
         self._trained, self._clipped_at = frozenset(), 0.0
         self.rule.forget()
 
@@ -315,6 +321,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         clipped_at = max(self._clipped_at, self.max_grad_norm)
         std = self.gradient_noise_multiplier * clipped_at
         scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
+        if self.statistics is not None:
+            self.statistics.see_sums(grads, std)
         self._noise_in_place(grads, std, scale)
         self._forget()
         for parameter, grad in zip(self.params, grads, strict=True):

@@ -54,7 +54,7 @@ class UnitRows(Dataset[Any]):
             )
         self.dataset, self.most = dataset, max_rows_per_unit
         ids = _column(dataset, unit_ids) if isinstance(unit_ids, str) else unit_ids
-        ids = _checked(ids, len(dataset))
+        ids = checked_ids(ids, len(dataset))
         self.numbers: dict[Hashable, int] = {}
         self.rows: list[list[int]] = []
         for row, own in enumerate(ids):
@@ -194,11 +194,6 @@ def keyed_choice(key: int, step: int) -> Choose:
     return choose
 
 
-def labels_of(ids: Any, rows: int) -> list[Hashable]:
-    """The ids of a batch's rows, checked; arguments and errors as of `UnitRows`."""
-    return _checked(ids, rows)
-
-
 def _column(dataset: Any, name: str) -> Any:
     columns = getattr(dataset, "column_names", None)
     if isinstance(columns, (list, tuple)):
@@ -215,7 +210,8 @@ def _column(dataset: Any, name: str) -> Any:
     )
 
 
-def _checked(ids: Any, rows: int) -> list[Hashable]:
+def checked_ids(ids: Any, rows: int) -> list[Hashable]:
+    """The ids of so many rows, as Python's own values; errors as of `UnitRows`."""
     if not hasattr(ids, "__iter__"):
         raise InputError(f"unit_ids={ids!r}, wanted a sequence of ids, one for each row.")
     plain = [_plain(own) for own in ids]

@@ -43,15 +43,10 @@ class Account:
         """Set the noise multiplier: the one given, or the least that keeps the target after ``steps``."""
         self.noise_multiplier = privacy.noise_multiplier
         if privacy.target_epsilon is not None:
-            self.noise_multiplier = float(
-                get_noise_multiplier(
-                    target_epsilon=privacy.target_epsilon,
-                    target_delta=self.delta,
-                    sample_rate=self.sample_rate,
-                    steps=steps,
-                    accountant=privacy.accountant,
-                )
-            )
+            assert self.delta is not None
+            assert self.sample_rate is not None
+            terms = privacy.target_epsilon, self.delta, self.sample_rate, steps
+            self.noise_multiplier = noise_for(privacy.accountant, *terms)
 
     @property
     def history(self) -> History:
@@ -136,6 +131,20 @@ class Account:
         )
 
 
+@functools.lru_cache(maxsize=64)  # the search takes seconds, and a plan and its run ask alike
+def noise_for(mechanism: str, epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """The least noise multiplier that keeps epsilon after ``steps``, by one of Opacus' accountants."""
+    return float(
+        get_noise_multiplier(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            sample_rate=rate,
+            steps=steps,
+            accountant=mechanism,
+        )
+    )
+
+
 # An accountant may take a second for its answer, and it is asked at every log and checkpoint.
 @functools.lru_cache(maxsize=1024)
 def epsilon_of(
@@ -144,4 +153,4 @@ def epsilon_of(
     """Epsilon of a history of (noise multiplier, sample rate, steps), by one of Opacus' accountants."""
     accountant = create_accountant(mechanism)
     accountant.history = list(history)
-    return float(accountant.get_epsilon(delta))
+    return max(0.0, float(accountant.get_epsilon(delta)))  # a bound may be below 0: much noise

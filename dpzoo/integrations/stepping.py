@@ -67,7 +67,7 @@ class PrivateStep:
             criterion=RowLosses(),
             data_loader=counted,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
+            max_grad_norm=privacy.clipping_norm,
             grad_sample_mode=privacy.grad_sample_mode,
             clipping=privacy.clipping,
             wrap_model=False,

@@ -365,7 +365,7 @@ class Recorder:
             self._weights.append(weights)
 
     def replace_last(self, hidden: torch.Tensor) -> None:
-        """Put the model's output, as it is, in the place of the last layer's."""
+        """Replace the last layer's output by the model's, as it is."""
         if self._wanted is not False:
             self._states[-1] = hidden
 

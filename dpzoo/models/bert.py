@@ -539,7 +539,7 @@ class BertLMHeadModel(_BertLM, GenerationMixin):
         **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `BertModel`; ``labels`` (batch, seq) are shifted inside."""
-        return heads.predict_next(
+        return heads.causal_lm(
             self,
             self.cls.predictions,
             labels,
@@ -580,7 +580,7 @@ class BertForMaskedLM(_BertLM):
         **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `BertModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
-        return heads.predict_masked(
+        return heads.masked_lm(
             self,
             self.cls.predictions,
             labels,
@@ -658,7 +658,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `BertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.classify_sequence(
+        return heads.sequence_classification(
             self,
             self._project,
             labels,
@@ -696,7 +696,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `BertModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
-        return heads.choose(
+        return heads.multiple_choice(
             self,
             self._project,
             labels,
@@ -737,7 +737,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `BertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.classify_tokens(
+        return heads.token_classification(
             self,
             self._project,
             labels,
@@ -778,7 +778,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `BertModel`; positions (batch,), outside the sequence where ignored."""
-        return heads.answer(
+        return heads.question_answering(
             self,
             self.qa_outputs,
             start_positions,

@@ -348,7 +348,7 @@ class DistilBertForMaskedLM(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.predict_masked(
+        return heads.masked_lm(
             self,
             self._project,
             labels,
@@ -387,7 +387,7 @@ class DistilBertForSequenceClassification(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `DistilBertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.classify_sequence(
+        return heads.sequence_classification(
             self,
             self._project,
             labels,
@@ -427,7 +427,7 @@ class DistilBertForQuestionAnswering(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `DistilBertModel`; positions (batch,), outside the sequence where ignored."""
-        return heads.answer(
+        return heads.question_answering(
             self,
             self._project,
             start_positions,
@@ -465,7 +465,7 @@ class DistilBertForTokenClassification(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.classify_tokens(
+        return heads.token_classification(
             self,
             self._project,
             labels,
@@ -502,7 +502,7 @@ class DistilBertForMultipleChoice(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `DistilBertModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
-        return heads.choose(
+        return heads.multiple_choice(
             self,
             self._project,
             labels,

@@ -380,7 +380,7 @@ class GPT2LMHeadModel(_GPT2LM, GenerationMixin):
         **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `GPT2Model`; ``labels`` (batch, seq) are shifted inside."""
-        return heads.predict_next(
+        return heads.causal_lm(
             self,
             self.lm_head,
             labels,
@@ -653,7 +653,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `GPT2Model`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.classify_tokens(
+        return heads.token_classification(
             self,
             self._project,
             labels,
@@ -694,7 +694,7 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `GPT2Model`; positions (batch,), outside the sequence where ignored."""
-        return heads.answer(
+        return heads.question_answering(
             self,
             self.qa_outputs,
             start_positions,

@@ -1,10 +1,11 @@
 """The tasks: what comes after the body, shared by the families.
 
-Each function takes the model and its inputs, runs ``model.base_model`` on them and returns the
-output class that transformers returns, with ``loss_per_sample`` attached. Losses are per row:
-see `dpzoo.losses` for what that means and where it differs from transformers.
+Each function has the name of its task. It takes the model and its inputs, runs ``model.base_model`` on
+them and returns the output class that transformers returns, with ``loss_per_sample`` attached. Losses
+are per row: see `dpzoo.losses` for what that means and where it differs from transformers.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ from dpzoo.models.cache import CACHE
 Projection = Callable[..., torch.Tensor]
 
 
-def classify_tokens(
+def token_classification(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> TokenClassifierOutput:
     """Logits (batch, seq, num_labels); a row's loss is the mean over its labelled tokens."""
@@ -46,7 +47,7 @@ def classify_tokens(
     return model._finish(output, losses)
 
 
-def predict_masked(
+def masked_lm(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> MaskedLMOutput:
     """Logits (batch, seq, vocab); a row's loss is the mean over its labelled tokens."""
@@ -62,7 +63,7 @@ def predict_masked(
     return model._finish(output, losses)
 
 
-def predict_next(
+def causal_lm(
     model: Any,
     project: Projection,
     labels: torch.Tensor | None,
@@ -92,7 +93,7 @@ def predict_next(
     return model._finish(output, losses)
 
 
-def classify_sequence(
+def sequence_classification(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> SequenceClassifierOutput:
     """Logits (batch, num_labels), from whatever ``project`` takes of the body's output."""
@@ -108,7 +109,7 @@ def classify_sequence(
     return model._finish(output, losses)
 
 
-def choose(
+def multiple_choice(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> MultipleChoiceModelOutput:
     """Logits (batch, num_choices), one score a sequence.
@@ -144,7 +145,7 @@ def choose(
     return model._finish(output, losses)
 
 
-def answer(
+def question_answering(
     model: Any,
     project: Projection,
     start_positions: torch.Tensor | None,
@@ -193,3 +194,25 @@ def real_tokens(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor
 def last_real(real: torch.Tensor) -> torch.Tensor:
     """The index of the rightmost True of (..., seq), (...); 0 where there is none."""
     return (torch.arange(real.shape[-1], device=real.device) * real).argmax(-1)
+
+
+_RENAMED = {
+    "choose": "multiple_choice",
+    "answer": "question_answering",
+    "predict_next": "causal_lm",
+    "predict_masked": "masked_lm",
+    "classify_tokens": "token_classification",
+    "classify_sequence": "sequence_classification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The functions' earlier names, for one release."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"heads.{name} is called heads.{_RENAMED[name]} now; the old name goes in the next release.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[_RENAMED[name]]

@@ -179,7 +179,7 @@ class RobertaForCausalLM(_RobertaLM, GenerationMixin):
         **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq) are shifted inside."""
-        return heads.predict_next(
+        return heads.causal_lm(
             self,
             self.lm_head,
             labels,
@@ -220,7 +220,7 @@ class RobertaForMaskedLM(_RobertaLM):
         **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
-        return heads.predict_masked(
+        return heads.masked_lm(
             self,
             self.lm_head,
             labels,
@@ -257,7 +257,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `RobertaModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.classify_sequence(
+        return heads.sequence_classification(
             self,
             self._project,
             labels,
@@ -295,7 +295,7 @@ class RobertaForMultipleChoice(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `RobertaModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
-        return heads.choose(
+        return heads.multiple_choice(
             self,
             self._project,
             labels,
@@ -336,7 +336,7 @@ class RobertaForTokenClassification(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.classify_tokens(
+        return heads.token_classification(
             self,
             self._project,
             labels,
@@ -377,7 +377,7 @@ class RobertaForQuestionAnswering(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `RobertaModel`; positions (batch,), outside the sequence where ignored."""
-        return heads.answer(
+        return heads.question_answering(
             self,
             self.qa_outputs,
             start_positions,

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import dpzoo
-import dpzoo.cli
 from dpzoo.cli import main, parser
 
 if sys.version_info >= (3, 11):
@@ -18,7 +17,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMANDS = ("list", "convert", "audit", "bench")
+COMMANDS = ("list", "train", "convert", "audit", "bench")
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +64,22 @@ def test_the_programs_help_has_every_command_and_its_statuses(
     for command in COMMANDS:
         assert f"\n    {command} " in text
     assert "1  a check failed" in text
+    assert text == parser().format_help(), "the table of commands says other than their modules"
+
+
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_what_needs_no_command_imports_none(word: str) -> None:
+    """torch takes seconds, and a shell's completion or a version check should not."""
+    code = (
+        "import contextlib, sys, dpzoo.cli\n"
+        f"with contextlib.suppress(SystemExit): dpzoo.cli.main([{word!r}])\n"
+        "sys.exit(str(sorted({'torch', 'transformers', 'opacus'} & sys.modules.keys())))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.stderr == "[]\n"
+    assert "dpzoo" in run.stdout
 
 
 @pytest.mark.parametrize("words", [[], ["nonsense"], ["convert", "only-one"]])
@@ -81,7 +96,7 @@ def test_an_interruption_is_said_and_has_its_status(
     def interrupted(options: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dpzoo.cli.list_, "run", interrupted)
+    monkeypatch.setattr("dpzoo.cli.list.run", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "dpzoo: interrupted\n"
 

@@ -1,6 +1,8 @@
 """Units of several rows: drawn as one, clipped as one, paid for as one; attacks on each of the three."""
 
 import math
+import statistics
+import time
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import opacus
 import peft
 import pytest
 import torch
+import transformers
 from opacus.accountants import create_accountant
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
@@ -32,6 +35,15 @@ from tests.clipping.test_uses import (
     floats,
     unit_gradients,
 )
+from tests.support import (
+    NAMES,
+    batch_for,
+    batch_losses,
+    in_stock_layout,
+    oracle_gradients,
+    stock_model,
+)
+from tests.test_families import NAMES as SIXTY
 
 IDS = {
     "scattered": [7, 3, 7, 5, 3, 7, 1],  # units of 3, 2, 1 and 1 rows
@@ -92,19 +104,58 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-FAMILIES = """
-    causal-lm/gpt2 causal-lm/llama causal-lm/qwen3 causal-lm/mixtral causal-lm/mamba masked-lm/bert
-    masked-lm/modernbert sequence-classification/deberta-v2 seq2seq-lm/t5 image-classification/vit
-"""
+FAMILIES = [
+    "causal-lm/gpt2",
+    "causal-lm/llama",
+    "causal-lm/qwen3",
+    "causal-lm/mixtral",
+    "causal-lm/mamba",
+    "masked-lm/bert",
+    "masked-lm/modernbert",
+    "sequence-classification/deberta-v2",
+    "seq2seq-lm/t5",
+    "image-classification/vit",
+]
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in SIXTY if name not in FAMILIES]
 
 
 @pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize("name", FAMILIES.split())
+@pytest.mark.parametrize("name", [*FAMILIES, *REST])
 def test_families(name: str) -> None:
     model, _ = build(name, Sizes(rows=7))
     inputs, labels = batch(model, sizes=Sizes(rows=7))
     alone = trial.oracle(model, inputs, labels)
     assert_units_exact(model, lambda: row_losses(model, inputs, labels), alone, IDS["scattered"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_zoo(name: str) -> None:
+    stock, data = stock_model(name), batch_for(name, rows=7)
+    gradients = oracle_gradients(name, stock, data)
+    model = dpzoo.convert(stock).train()
+    alone = [{n: in_stock_layout(model, n, g[i]) for n, g in gradients.items()} for i in range(7)]
+    assert_units_exact(model, lambda: batch_losses(name, model, data), alone, IDS["scattered"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ids", ["in a row", "scattered"])
+def test_time(ids: str) -> None:
+    """At most 1.3 times the same rows without units, interleaved."""
+    config = transformers.GPT2Config(vocab_size=2000, n_embd=256, n_layer=2, n_head=4)
+    model = transformers.GPT2LMHeadModel(config).train()
+    watched, tokens = BookKeepingHooks(model), torch.randint(0, 2000, (7, 64))
+    optimizer, loss = OneRow(model), dpzoo.ModelLoss(model, reduction="none")
+    seconds: dict[Any, list[float]] = {None: [], ids: []}
+    for _ in range(12):
+        for how, times in seconds.items():
+            began = time.perf_counter()
+            watched.backward(loss(model(tokens), tokens), optimizer, IDS[how] if how else None)
+            times.append(time.perf_counter() - began)
+            optimizer.drop()
+            optimizer.draws.abandon()
+    plain, units = (statistics.median(times[4:]) for times in seconds.values())
+    assert units <= 1.3 * plain, units / plain
 
 
 @pytest.mark.usefixtures("wide")
@@ -438,6 +489,19 @@ def test_rows_in_another_order_need_their_ids() -> None:
         sums.append([v.clone() for v in run.optimizer.sums.values()])
     for a, b in zip(*sums, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["shuffled", "a part that begins in a unit"])
+def test_rows_that_the_loop_moves_are_refused(how: str) -> None:
+    """Without ids it is their order that says whose they are."""
+    run = Run()
+    x, y = several(run)
+    first = owners(x).count(owners(x)[0])
+    part = torch.arange(len(x)).roll(1) if how == "shuffled" else torch.arange(1, first + 1)
+    with pytest.raises(InputError, match="not in the order in which the loader has them"):
+        run.backward(x[part], y[part])
+    assert not run.optimizer.sums
+    run.backward(x.clone(), y)
 
 
 @pytest.mark.parametrize(

@@ -426,7 +426,7 @@ def test_a_state_of_another_version_is_refused(
 
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"noise_multiplier": 2.0}, {}, r"PrivacyArguments.noise_multiplier=2.0 \(it was 1.0\)"),
-    ({"max_grad_norm": 1.0}, {}, r"PrivacyArguments.max_grad_norm=1.0 \(it was 0.5\)"),
+    ({"clipping_norm": 1.0}, {}, r"PrivacyArguments.clipping_norm=1.0 \(it was 0.5\)"),
     ({"grad_sample_mode": "ghost"}, {}, r"grad_sample_mode='ghost' \(it was 'bk'\)"),
     ({"target_delta": 1e-3}, {}, r"PrivacyArguments.target_delta=0.001 \(it was 0.0625\)"),
     ({}, {"gradient_accumulation_steps": 1}, r"per_device_train_batch_size=4 \(it was 8\)"),
@@ -495,7 +495,7 @@ def test_only_models_are_saved_where_only_they_are_asked_for(start: Any, tmp_pat
 
 def test_noise_goes_on_after_a_resumption(start: Any, tmp_path: Path) -> None:
     """The noise of later steps is new: no step has that of another."""
-    private = {"max_grad_norm": 1e-6, "noise_multiplier": 100.0}  # next to nothing but noise
+    private = {"clipping_norm": 1e-6, "noise_multiplier": 100.0}  # next to nothing but noise
     moves: list[torch.Tensor] = []
 
     class Moves(TrainerCallback):

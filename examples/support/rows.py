@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from quickstart_data import DataError
 from torch.utils.data import Dataset
+
+from support.data import DataError
 
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
+Sentence = tuple[tuple[str, str], ...]  # words and their tags
 IGNORED = -100  # a label that takes no part in the loss
 
 
@@ -75,6 +77,26 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def read_sentences(path: Path) -> list[Sentence]:
+    """Sentences of token<TAB>tag lines, with blank lines between them, in the order of the file.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not token<TAB>tag; names the line.
+    """
+    sentences: list[Sentence] = []
+    words: list[tuple[str, str]] = []
+    for number, line in enumerate([*read_lines(path), ""], 1):
+        if line.strip():
+            fields = line.split("\t")
+            if len(fields) != 2 or not all(field.strip() for field in fields):
+                raise DataError(f"{path}, line {number}: {line!r}, wanted token<TAB>tag")
+            words.append((fields[0].strip(), fields[1].strip()))
+        elif words:
+            sentences.append(tuple(words))
+            words = []
+    return sentences
+
+
 def hold_out(
     rows: Sequence[T], key: Callable[[T], Hashable], share: float, seed: int, path: Path
 ) -> tuple[list[T], list[T]]:
@@ -100,3 +122,14 @@ def padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tens
         kept = torch.tensor(row[:length], dtype=torch.long)
         line[: len(kept)] = kept
     return out
+
+
+def labelled(
+    ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], length: int, padding: int
+) -> Rows:
+    """Rows of tokens with a label each: input_ids, attention_mask, labels, each (rows, length)."""
+    return Rows(
+        input_ids=padded(ids, length, padding),
+        attention_mask=padded([[1] * len(row) for row in ids], length, 0),
+        labels=padded(labels, length, IGNORED),
+    )

@@ -1,6 +1,6 @@
 """Accuracy on SST-2 from MiniLM at several epsilons and without privacy, several seeds of each.
 
-    python examples/sst2_study.py --data train.tsv --eval dev.tsv --out study
+    PYTHONPATH=examples python examples/studies/sst2_study.py --data train.tsv --eval dev.tsv --out study
 
 Files are lines of sentence<TAB>0 or 1. Results go to study/results.json as they come, and a run that is
 in there is not made again. For each seed:
@@ -26,14 +26,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import recipes
 import torch
-from quickstart_data import Row, tsv_data
-from recipes import RecipeError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rows import Rows
 from sst2_model import (
     Features,
     Recipe,
@@ -44,8 +40,12 @@ from sst2_model import (
     read_features,
     train_head,
 )
-from text_classification import accuracy, encode
-from training import delta_of, launch, train_without_privacy
+from support import recipes
+from support.data import Row, tsv_data
+from support.recipes import RecipeError
+from support.rows import Rows
+from support.texts import accuracy, encode
+from support.training import delta_of, launch, train_without_privacy
 
 START, HEAD, FULL = "public start alone", "head, no privacy", "all parameters, no privacy"
 
@@ -105,12 +105,13 @@ def study_seed(
         for kind, epsilon in heads.items():
             began = time.monotonic()
             torch.manual_seed(1000 + seed)
-            run = train_head(features[0], recipe, epsilon, delta_of_study(arguments, len(train)))
+            delta = delta_of_study(arguments, len(train))
+            head, run = train_head(features[0], recipe, epsilon, delta)
             results.add(
                 kind,
                 seed,
                 began,
-                accuracy=head_accuracy(run.head, features[1]),
+                accuracy=head_accuracy(head, features[1]),
                 epsilon=run.epsilon,
                 noise_multiplier=run.noise_multiplier,
                 steps=run.steps,

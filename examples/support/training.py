@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 import transformers
-from every_parameter import DROPOUTS, WHEEL, PrivacySpent, minilm_folder
-from quickstart_data import DataError
-from quickstart_progress import Progress
-from recipes import RecipeError, TrainingRecipe, add_options
-from rows import Batch, Rows, micro_batches, trimmed
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer
 
 import dpzoo
 from dpzoo.registry import stock_class
+from support.data import DataError
+from support.models import DROPOUTS, WHEEL, PrivacySpent, minilm_folder
+from support.progress import Progress
+from support.recipes import RecipeError, TrainingRecipe, add_options
+from support.rows import Batch, Rows, micro_batches, trimmed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,4 +1,4 @@
-"""Text and labels for the quickstart: Python's own documentation strings, or a TSV file.
+"""Text and labels: Python's own documentation strings, or a TSV file.
 
 The built-in data set needs no download. Every Python installation carries the source of its standard
 library, and the modules there explain themselves in English. A row is one sentence of one
@@ -12,6 +12,7 @@ interpreter they are the same rows in the same order every time.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import random
 import re
@@ -126,6 +127,7 @@ def docs_data(*, seed: int, heldout_share: float, max_train_rows_per_label: int)
     return TextData("documentation of Python's library", tuple(AREAS), tuple(train), tuple(heldout))
 
 
+@functools.cache
 def _docs_sentences(stdlib: Path) -> list[Row]:
     """Every usable sentence once, in a fixed order; a sentence that two areas share is left out."""
     first: dict[str, Row] = {}

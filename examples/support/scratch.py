@@ -6,13 +6,15 @@ was added to it. So the default here is public text, the documentation strings o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import tokenizers
-from quickstart_data import docs_data
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 import dpzoo
+from support.data import docs_data
+from support.training import DEVICE, load
 
 END = "<|endoftext|>"
 
@@ -54,3 +56,12 @@ def small_gpt2(
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
     )
     return dpzoo.from_config(config, task="causal-lm")
+
+
+def build(recipe: Any, texts: Sequence[str] | None) -> tuple[Any, Any]:
+    """A pretrained model, or a random one with a tokenizer trained on `texts` (None: public ones)."""
+    if recipe.model != "none":
+        return load(recipe.model, "causal-lm")
+    tokenizer = train_tokenizer(texts or public_texts(), recipe.vocabulary)
+    sizes = {name: getattr(recipe, name) for name in ("layers", "hidden", "heads")}
+    return small_gpt2(tokenizer, positions=recipe.max_length, **sizes).to(DEVICE), tokenizer

@@ -229,7 +229,7 @@ class AlbertModel(AlbertPreTrainedModel):
                 takes it.
             token_type_ids: (batch, seq) or (1, seq); zeros by default.
             position_ids: (batch, seq) or (1, seq).
-            inputs_embeds: (batch, seq, embedding_size), in the place of ``input_ids``.
+            inputs_embeds: (batch, seq, embedding_size), instead of ``input_ids``.
             output_attentions: return the attention weights of every use of a layer.
             output_hidden_states: return all hidden states, or those with the given numbers.
             **kwargs: ``return_dict``, and arguments that change nothing.
@@ -327,7 +327,7 @@ class AlbertForMaskedLM(AlbertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `AlbertModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
-        return heads.predict_masked(
+        return heads.masked_lm(
             self,
             self.predictions,
             labels,
@@ -363,7 +363,7 @@ class AlbertForSequenceClassification(AlbertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `AlbertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.classify_sequence(
+        return heads.sequence_classification(
             self,
             self._project,
             labels,

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import recipes
 import torch
-from every_parameter import start_as_mean_pooling
-from quickstart_data import Row
-from quickstart_progress import Progress
-from recipes import RecipeError
-from rows import Rows, trimmed
 from sst2_opinions import opinions
-from text_classification import encode
+from support import recipes
+from support.classification import start_as_mean_pooling
+from support.data import Row
+from support.progress import Progress
+from support.recipes import RecipeError
+from support.rows import Rows, trimmed
+from support.texts import encode
+from support.training import DEVICE, classes, load, on_device
 from torch import nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
-from training import DEVICE, classes, load, on_device
 from transformers import PreTrainedModel
 
-import dpzoo
+from dpzoo import heads
 
 LABELS = ("negative", "positive")  # 0 and 1 of the files
 
@@ -82,10 +82,6 @@ class Recipe:
         """The numbers of the layers: of those of the means, and of those of the first tokens."""
         means, firsts = self.mean_layers.split(","), self.first_layers.split(",")
         return [int(part) for part in means], [int(part) for part in firsts]
-
-    def rate(self, epsilon: float | None) -> float:
-        """The head's first learning rate."""
-        return self.learning_rate * (1.0 if epsilon is None else min(1.0, (epsilon / 8) ** 0.5))
 
 
 def public_start(recipe: Recipe, seed: int) -> tuple[PreTrainedModel, Rows, object]:
@@ -185,62 +181,24 @@ class Head(nn.Module):
         return self.prior * logits + self.linear(values)
 
 
-@dataclass(frozen=True)
-class HeadRun:
-    """A trained head, and what it cost: None where there was no privacy."""
-
-    head: Head
-    steps: int
-    epsilon: float | None
-    noise_multiplier: float | None
-
-
-def train_head(features: Features, recipe: Recipe, epsilon: float | None, delta: float) -> HeadRun:
+def train_head(
+    features: Features, recipe: Recipe, epsilon: float | None, delta: float
+) -> tuple[Head, heads.HeadRun]:
     """Train a head with DP-SGD, or (epsilon None) the same without clipping and noise."""
     head = Head(features.values.shape[1], recipe.prior)
-    loader = DataLoader(
-        features.dataset(), batch_size=min(recipe.batch_size, len(features.labels)), shuffle=True
+    run = heads.fit_head(
+        head,
+        features.dataset(),
+        epsilon=epsilon,
+        delta=delta,
+        epochs=recipe.epochs,
+        batch_size=min(recipe.batch_size, len(features.labels)),
+        learning_rate=recipe.learning_rate,
+        momentum=recipe.momentum,
+        max_grad_norm=recipe.max_grad_norm,
+        averaged_share=recipe.averaged_share,
     )
-    steps = recipe.epochs * len(loader)
-    inner = torch.optim.SGD(head.parameters(), lr=recipe.rate(epsilon), momentum=recipe.momentum)
-    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1 - step / steps)
-    model: nn.Module = head
-    optimizer: torch.optim.Optimizer = inner
-    criterion = nn.CrossEntropyLoss()
-    engine = dpzoo.PrivacyEngine()
-    if epsilon is not None:
-        model, optimizer, criterion, loader = engine.make_private_with_epsilon(
-            module=head,
-            optimizer=inner,
-            criterion=criterion,
-            data_loader=loader,  # comes back with Poisson sampling
-            target_epsilon=epsilon,
-            target_delta=delta,
-            epochs=recipe.epochs,
-            max_grad_norm=recipe.max_grad_norm,
-            grad_sample_mode="bk",
-        )
-    averaged_from = steps - max(1, round(recipe.averaged_share * steps))
-    total = [torch.zeros_like(p) for p in head.parameters()]
-    done = 0
-    for _ in range(recipe.epochs):
-        for values, logits, labels in loader:
-            optimizer.zero_grad()
-            criterion(model(values, logits), labels).backward()
-            optimizer.step()
-            schedule.step()
-            done += 1
-            if done > averaged_from:  # of noisy weights: costs no privacy
-                for tensor, p in zip(total, head.parameters(), strict=True):
-                    tensor += p.detach() / (steps - averaged_from)
-    if epsilon is not None:
-        model.to_standard_module()  # takes the engine's hooks off `head`
-    with torch.no_grad():
-        for tensor, p in zip(total, head.parameters(), strict=True):
-            p.copy_(tensor)
-    if epsilon is None:
-        return HeadRun(head, done, None, None)
-    return HeadRun(head, done, engine.get_epsilon(delta), float(optimizer.noise_multiplier))
+    return head, run
 
 
 @torch.no_grad()
