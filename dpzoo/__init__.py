@@ -13,6 +13,7 @@ from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.conversion import convert, to_transformers
 from dpzoo.data import prime_empty_batches
+from dpzoo.empirical import Canaries, RunReport, audit_run
 from dpzoo.errors import (
     ConversionError,
     DpzooError,
@@ -74,6 +75,7 @@ __all__ = [
     "BertForTokenClassification",
     "BertLMHeadModel",
     "BertModel",
+    "Canaries",
     "ConversionError",
     "DistilBertForMaskedLM",
     "DistilBertForMultipleChoice",
@@ -99,10 +101,12 @@ __all__ = [
     "RobertaForSequenceClassification",
     "RobertaForTokenClassification",
     "RobertaModel",
+    "RunReport",
     "UnsupportedConfigError",
     "UnsupportedModelError",
     "audit",
     "audit_loop",
+    "audit_run",
     "convert",
     "from_config",
     "from_pretrained",

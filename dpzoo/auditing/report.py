@@ -20,7 +20,7 @@ but not the training that was meant. note: worth knowing, and no reason to stop.
 class AuditFailedError(DpzooError):
     """An audit found something that must be mended before training; ``report`` has the details."""
 
-    def __init__(self, message: str, report: "AuditReport") -> None:
+    def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
 

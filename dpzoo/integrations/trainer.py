@@ -21,9 +21,10 @@ from transformers import ProgressCallback, Trainer, TrainerState, TrainingArgume
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from dpzoo.accounting import epsilon_of
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.errors import InputError
-from dpzoo.integrations.accounting import Account, epsilon_of
+from dpzoo.integrations.accounting import Account
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
 from dpzoo.integrations.batches import LogicalBatches, PoissonBatches, batch_key, identity, seeded
 from dpzoo.integrations.inputs import base_of, length_of, per_sample
