@@ -1,5 +1,6 @@
 """Canaries and `dpzoo.audit_run`: in loops, in DPTrainer, and what is refused."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ def trained(mode: str, noise: float) -> tuple[dpzoo.Canaries, dict[str, np.ndarr
     planted = canaries()
     rows = planted.mix(TensorDataset(torch.zeros(60, SIZE), torch.randint(2, (60,))))
     model: Any = nn.Linear(SIZE, 2)
-    before = [p.clone() for p in model.parameters()]
+    before = copy.deepcopy(model)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
     trace = planted.watch(model, optimizer, loss=loss_of)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True)
+    )
     made = dpzoo.PrivacyEngine().make_private(
         module=model,
         optimizer=optimizer,
@@ -56,7 +59,7 @@ def trained(mode: str, noise: float) -> tuple[dpzoo.Canaries, dict[str, np.ndarr
             criterion(model(x), y).backward()
             optimizer.step()
     trace.close()
-    losses = planted.losses(model, loss=loss_of)
+    losses = planted.losses(model, loss=loss_of, reference=before)
     return planted, {"sums": trace.sums(), "spread": trace.spread(), "loss": losses}
 
 
@@ -65,7 +68,7 @@ def test_a_run_without_noise_is_refuted_by_every_score(mode: str) -> None:
     planted, scores = trained(mode, noise=0.0)
     for name, values in scores.items():
         report = dpzoo.audit_run(planted, {name: values}, delta=1e-3, epsilon=1.0)
-        assert not report.ok, (name, str(report))
+        assert not report.ok, f"{name}: {report}"
         assert report["any mechanism"].correct == report["any mechanism"].guesses
         with pytest.raises(AuditFailedError, match="epsilon is not what is claimed") as caught:
             report.raise_if_failed()
