@@ -418,6 +418,7 @@ def main() -> None:
             f"{p} {importlib.metadata.version(p)}"
             for p in (package, "opacus", "transformers", "torch")
         ]
+        torch.manual_seed(0)
         print(f"# {', '.join(dict.fromkeys(versions))}")
         try:
             run()

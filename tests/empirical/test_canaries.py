@@ -137,8 +137,11 @@ def test_random_rows_train_in_dptrainer(name: str, task: str, tmp_path: Path) ->
     planted = dpzoo.Canaries.random(12, task, model.config, length=6, seed=0)
     private = dpzoo.Canaries.random(12, task, model.config, length=6, seed=1).rows
     reference = dpzoo.from_config(config, task=task)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trace = planted.watch(model, optimizer)
     trainer = DPTrainer(
         model=model,
+        optimizers=(optimizer, None),
         args=TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=6, max_steps=1, use_cpu=True,
             report_to=[], save_strategy="no", disable_tqdm=True,
@@ -148,7 +151,9 @@ def test_random_rows_train_in_dptrainer(name: str, task: str, tmp_path: Path) ->
         privacy=PrivacyArguments(noise_multiplier=1.0),
     )  # fmt: skip
     trainer.train()
+    assert trace.steps.shape == (1, 12)
     scores = {
+        "sums": trace.sums(),
         "loss": planted.losses(trainer.model),
         "difference": planted.losses(trainer.model, reference=reference),
     }
