@@ -8,60 +8,64 @@ per-sample gradient under Opacus, position embeddings and tied heads included. I
 checkpoint.
 """
 
-from dpzoo import versions  # noqa: F401  (warns of a transformers that the tests were not run with)
-from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
-from dpzoo.clipping import PrivacyEngine
-from dpzoo.conversion import convert, to_transformers
-from dpzoo.data import prime_empty_batches
-from dpzoo.empirical import Canaries, RunReport, audit_run
-from dpzoo.errors import (
-    ConversionError,
-    DpzooError,
-    InputError,
-    UnsupportedConfigError,
-    UnsupportedModelError,
-)
-from dpzoo.losses import ModelLoss
-from dpzoo.models.bert import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLMHeadModel,
-    BertModel,
-)
-from dpzoo.models.distilbert import (
-    DistilBertForMaskedLM,
-    DistilBertForMultipleChoice,
-    DistilBertForQuestionAnswering,
-    DistilBertForSequenceClassification,
-    DistilBertForTokenClassification,
-    DistilBertModel,
-)
-from dpzoo.models.gpt2 import (
-    GPT2DoubleHeadsModel,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-)
-from dpzoo.models.roberta import (
-    RobertaForCausalLM,
-    RobertaForMaskedLM,
-    RobertaForMultipleChoice,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
-    RobertaForTokenClassification,
-    RobertaModel,
-)
-from dpzoo.pretrained import from_config, from_pretrained
-from dpzoo.registry import list_models
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dpzoo.versions import __version__  # warns of a transformers that the tests were not run with
+
+if TYPE_CHECKING:
+    from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
+    from dpzoo.clipping import PrivacyEngine
+    from dpzoo.conversion import convert, to_transformers
+    from dpzoo.data import prime_empty_batches
+    from dpzoo.empirical import Canaries, RunReport, audit_run
+    from dpzoo.errors import (
+        ConversionError,
+        DpzooError,
+        InputError,
+        UnsupportedConfigError,
+        UnsupportedModelError,
+    )
+    from dpzoo.losses import ModelLoss
+    from dpzoo.models.bert import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertLMHeadModel,
+        BertModel,
+    )
+    from dpzoo.models.distilbert import (
+        DistilBertForMaskedLM,
+        DistilBertForMultipleChoice,
+        DistilBertForQuestionAnswering,
+        DistilBertForSequenceClassification,
+        DistilBertForTokenClassification,
+        DistilBertModel,
+    )
+    from dpzoo.models.gpt2 import (
+        GPT2DoubleHeadsModel,
+        GPT2ForQuestionAnswering,
+        GPT2ForSequenceClassification,
+        GPT2ForTokenClassification,
+        GPT2LMHeadModel,
+        GPT2Model,
+    )
+    from dpzoo.models.roberta import (
+        RobertaForCausalLM,
+        RobertaForMaskedLM,
+        RobertaForMultipleChoice,
+        RobertaForQuestionAnswering,
+        RobertaForSequenceClassification,
+        RobertaForTokenClassification,
+        RobertaModel,
+    )
+    from dpzoo.pretrained import from_config, from_pretrained
+    from dpzoo.registry import list_models
+    from dpzoo.training import Recipe, train
 
 __all__ = [
     "AuditFailedError",
@@ -94,6 +98,7 @@ __all__ = [
     "InputError",
     "ModelLoss",
     "PrivacyEngine",
+    "Recipe",
     "RobertaForCausalLM",
     "RobertaForMaskedLM",
     "RobertaForMultipleChoice",
@@ -104,6 +109,7 @@ __all__ = [
     "RunReport",
     "UnsupportedConfigError",
     "UnsupportedModelError",
+    "__version__",
     "audit",
     "audit_loop",
     "audit_run",
@@ -113,4 +119,44 @@ __all__ = [
     "list_models",
     "prime_empty_batches",
     "to_transformers",
+    "train",
 ]
+
+_HOMES = (
+    "errors",
+    "data",
+    "losses",
+    "clipping",
+    "models.bert",
+    "models.distilbert",
+    "models.gpt2",
+    "models.roberta",
+    "registry",
+    "conversion",
+    "pretrained",
+    "auditing",
+    "empirical",
+    "training",
+)
+"""Where the public names are, in the order in which they are looked for: what imports least first."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module, when it is first asked for: torch takes seconds."""
+    if name in __all__:
+        for home in _HOMES:
+            found = vars(import_module(f"dpzoo.{home}"))
+            if name in found:
+                globals()[name] = found[name]
+                return found[name]
+    elif not name.startswith("_"):
+        try:
+            return import_module(f"dpzoo.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"dpzoo.{name}":
+                raise
+    raise AttributeError(f"module 'dpzoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

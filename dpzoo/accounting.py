@@ -42,7 +42,7 @@ def epsilon_of(
         return _pld(history, delta)
     accountant = create_accountant(mechanism)
     accountant.history = list(history)
-    return float(accountant.get_epsilon(delta))
+    return max(0.0, float(accountant.get_epsilon(delta)))  # a bound may be below 0: much noise
 
 
 def _pld(history: tuple[tuple[float, float, int], ...], delta: float) -> float:

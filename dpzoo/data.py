@@ -11,6 +11,13 @@ from torch.utils.data import DataLoader
 from dpzoo.errors import InputError
 
 
+def rows_of(dataset: Any, indices: list[int]) -> list[Any]:
+    """Rows of a data set, read at once where it can."""
+    if hasattr(dataset, "__getitems__"):
+        return list(dataset.__getitems__(indices))
+    return [dataset[index] for index in indices]
+
+
 class LockstepSampler(DistributedUniformWithReplacementSampler):
     """Opacus' Poisson sampler of several processes, with the empty batches left in.
 
@@ -42,7 +49,7 @@ def prime_empty_batches(loader: DataLoader[Any], example: Any = None) -> DataLoa
     small tests), rows that are dicts, as transformers' collators take them, give a ``TypeError``.
     Call this once on the loader that ``make_private`` returned.
 
-    With several processes it also puts a `LockstepSampler` in the place of Opacus', which leaves empty
+    With several processes it also replaces Opacus' sampler by a `LockstepSampler`: Opacus' leaves empty
     batches out. Every rank has to draw its rows with another seed than the others: seed them apart,
     or not at all, before training begins.
 
@@ -65,7 +72,7 @@ def prime_empty_batches(loader: DataLoader[Any], example: Any = None) -> DataLoa
         )
     if collate.first_batch is None:
         if example is None:
-            example = collate([loader.dataset[0]])
+            example = collate(rows_of(loader.dataset, [0]))
         collate.first_batch = example
     if type(loader.batch_sampler) is DistributedUniformWithReplacementSampler:
         # A DataLoader does not let go of its sampler, and a LockstepSampler has the same attributes.

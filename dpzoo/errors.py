@@ -18,7 +18,7 @@ class UnsupportedModelError(DpzooError, ValueError):
 
 
 class ConversionError(DpzooError, ValueError):
-    """Parameters that do not correspond one to one between a stock model and its dpzoo twin."""
+    """Parameters that do not correspond one to one between a stock model and the dpzoo model."""
 
 
 class InputError(DpzooError, ValueError):

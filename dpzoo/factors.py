@@ -18,12 +18,17 @@ the weighted sum: each product l_t r_t^T is rounded, and the row's share of the 
 one by at most the order of u b. `rounding_bound` makes an upper bound of the norm from both.
 
 Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is float32 or wider.
+
+Where the unit of privacy is more than a row, its rows are one longer row: G_u = sum_i sum_t l_it r_it^T,
+over the rows i of unit u. `Group` joins the positions of units that have equally many rows, and all the
+above holds of what comes of it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -33,6 +38,37 @@ BLOCKS = 4
 
 SHORTEST_STRIP = 32
 """Below this many positions a strip is too small to be worth a product of its own."""
+
+
+class Group(NamedTuple):
+    """Units of privacy that have equally many rows in a batch.
+
+    Args:
+        units: their numbers, (g,), or the slice that they are.
+        rows: their rows, (g * size,), unit by unit, or the slice that they are.
+        size: rows of each.
+    """
+
+    units: torch.Tensor | slice
+    rows: torch.Tensor | slice
+    size: int
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, t, ...) -> (g, size * t, ...): the positions of a unit's rows, one row after the other."""
+        if self is EACH:
+            return x
+        return x[self.rows].unflatten(0, (-1, self.size)).flatten(1, 2)
+
+    def summed(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, ...) -> (g, ...): a unit's rows added up."""
+        if self is EACH:
+            return x
+        own = x[self.rows]
+        return own if self.size == 1 else own.unflatten(0, (-1, self.size)).sum(1)
+
+
+EACH = Group(slice(None), slice(None), 1)
+"""Every row is a unit."""
 
 
 def positions_of(x: torch.Tensor) -> torch.Tensor:
@@ -67,6 +103,15 @@ class LayerInput:
         self.readers = 0
         self._grams: dict[tuple[int, int], torch.Tensor] = {}
         self._scaled: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._joined: dict[int, LayerInput] = {}
+
+    def joined(self, group: Group) -> LayerInput:
+        """The input of a group's units, (g, size * t, features)."""
+        if group is EACH:
+            return self
+        if id(group) not in self._joined:
+            self._joined[id(group)] = LayerInput(group.joined(self.positions))
+        return self._joined[id(group)]
 
     def is_of(self, source: torch.Tensor) -> bool:
         """Whether ``source`` is this input: the same memory, unchanged since."""
@@ -80,6 +125,9 @@ class LayerInput:
         """No more readers: let go of what only a further one would need."""
         self.source = None
         self._grams.clear()
+        for own in self._joined.values():
+            own.seal()
+        self._joined.clear()
 
     def gram(self, rows: slice, columns: slice) -> torch.Tensor:
         """``<r_t, r_s>`` for t in ``rows`` and s in ``columns``, (n, rows, columns)."""
@@ -101,9 +149,6 @@ class LinearFactors:
 
     grads: torch.Tensor
     input: LayerInput
-
-    def __post_init__(self) -> None:
-        self.input.readers += 1
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -144,6 +189,10 @@ class LinearFactors:
         if total is None:
             return left @ right
         return total.addmm_(left, right)
+
+    def joined(self, group: Group) -> GradFactors:
+        """The use by a group's units, in the form that costs least."""
+        return linear_factors(group.joined(self.grads), self.input.joined(group))
 
     def select(self, rows: torch.Tensor) -> LinearFactors:
         """The same use of a subset of the rows."""
@@ -187,6 +236,10 @@ class EmbeddingFactors:
         weighted = self.grads * weights.view(-1, 1, 1)
         return total.index_add_(0, self.ids.reshape(-1), weighted.flatten(0, 1))
 
+    def joined(self, group: Group) -> EmbeddingFactors:
+        """The use by a group's units."""
+        return EmbeddingFactors(group.joined(self.ids), group.joined(self.grads), self.size)
+
     def select(self, rows: torch.Tensor) -> EmbeddingFactors:
         """The same use of a subset of the rows."""
         return EmbeddingFactors(self.ids[rows], self.grads[rows], self.size)
@@ -220,6 +273,10 @@ class DenseGrads:
         for grad, weight in zip(self.grads, weights.unbind(), strict=True):
             total.addcmul_(grad, weight)
         return total
+
+    def joined(self, group: Group) -> DenseGrads:
+        """The gradients of a group's units."""
+        return DenseGrads(group.summed(self.grads))
 
     def select(self, rows: torch.Tensor) -> DenseGrads:
         """The same use of a subset of the rows."""
@@ -280,6 +337,7 @@ def linear_factors(grads: torch.Tensor, input: LayerInput) -> GradFactors:
     length, out, into = grads.shape[1], grads.shape[2], input.positions.shape[2]
     if length > 1 and out * into <= length * (out + into):
         return DenseGrads(torch.matmul(grads.transpose(1, 2), input.positions))
+    input.readers += 1
     return LinearFactors(grads, input)
 
 

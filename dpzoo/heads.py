@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,7 @@ def read_features(
     *,
     max_length: int = 128,
     batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """What the last layer of a classifier reads of each text.
 
@@ -141,6 +142,7 @@ def read_features(
         texts: one for each row.
         max_length: in tokens; the rest of a longer text is cut off. Not to be read off the rows.
         batch_size: texts in memory at a time, of similar length. Changes time and memory, not the result.
+        progress: called after each batch with the characters read so far, and all.
 
     Returns:
         (rows, width) float32 on the CPU, in the order of the texts.
@@ -158,6 +160,7 @@ def read_features(
     training = model.training
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []
+    done, total = 0, sum(map(len, texts))
     model.set_submodule(path, nn.Identity())  # "logits" are then what it would have read
     try:
         model.eval()
@@ -170,6 +173,9 @@ def read_features(
                 return_tensors="pt",
             ).to(layer.weight.device)
             parts.append(model(**batch).logits.float().cpu())
+            if progress is not None:
+                done += sum(len(texts[i]) for i in order[start : start + batch_size])
+                progress(done, total)
     finally:
         model.set_submodule(path, layer)
         model.train(training)
@@ -191,6 +197,7 @@ def train_head(
     max_grad_norm: float = 0.5,
     feature_norm: float | None = None,
     accountant: str = "prv",
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> HeadRun:
     """Train the last layer of a classifier from zero, in place, on features.
 
@@ -214,6 +221,7 @@ def train_head(
         feature_norm: what the features are divided by: their usual norm, from public knowledge. By default
             the root of the width, for entries of about 1; `pool_by_mean` returns that of its own.
         accountant: "prv" or "rdp".
+        progress: called after each step with the steps taken, all steps, and the loss (not private).
 
     Returns:
         What was spent.
@@ -230,18 +238,72 @@ def train_head(
     _check(layer, values, labels)
     if epsilon is not None and delta is None:
         raise InputError("train_head got an epsilon and no delta, wanted both: at most 1 / rows.")
-    head = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
     scale = 1 / (feature_norm or math.sqrt(layer.in_features))
-    loader: Any = DataLoader(
+    head = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    run = fit_head(
+        head,
         TensorDataset(values.float() * scale, labels),
+        epsilon=epsilon,
+        delta=delta,
+        epochs=epochs,
         batch_size=max(1, min(batch_size or rows, math.ceil(rows / 2))),
-        shuffle=True,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        max_grad_norm=max_grad_norm,
+        accountant=accountant,
+        progress=progress,
     )
+    with torch.no_grad():
+        layer.weight.copy_(head.weight * scale)
+        if layer.bias is not None:
+            layer.bias.copy_(head.bias)
+    return run
+
+
+def fit_head(
+    head: nn.Module,
+    data: TensorDataset,
+    *,
+    epsilon: float | None,
+    delta: float | None,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    momentum: float = 0.9,
+    max_grad_norm: float = 0.5,
+    averaged_share: float = 0.5,
+    accountant: str = "prv",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> HeadRun:
+    """Train a small module on features from zero, in place: the loop of `train_head`.
+
+    Args:
+        head: maps the columns of `data` but the last to logits (rows, classes). Its parameters become 0.
+        data: columns of features, and (rows,) labels.
+        epsilon: as in `train_head`, and so are the others.
+        delta: of the guarantee.
+        epochs: expected number of times that a row is drawn.
+        batch_size: expected rows of a step.
+        learning_rate: the first one, from epsilon 8 on.
+        momentum: of SGD.
+        max_grad_norm: C.
+        averaged_share: the share of the steps, the last ones, whose weights are averaged.
+        accountant: "prv" or "rdp".
+        progress: as in `train_head`.
+
+    Returns:
+        What was spent.
+
+    Guarantees:
+        As `train_head`.
+    """
+    parameters = list(head.parameters())
+    for parameter in parameters:
+        nn.init.zeros_(parameter)
+    loader: Any = DataLoader(data, batch_size=batch_size, shuffle=True)
     steps, rate = epochs * len(loader), 1 / len(loader)
     learning_rate *= 1.0 if epsilon is None else min(1.0, math.sqrt(epsilon / 8))
-    inner = torch.optim.SGD(head.parameters(), lr=learning_rate, momentum=momentum)
+    inner = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: max(0.0, 1 - step / steps))
     module: Any = head
     optimizer: Any = inner
@@ -259,25 +321,27 @@ def train_head(
             max_grad_norm=max_grad_norm,
             grad_sample_mode="bk",
         )
-    averaged = [torch.zeros_like(parameter) for parameter in head.parameters()]
-    first = steps // 2
+    averaged = [torch.zeros_like(parameter) for parameter in parameters]
+    first = steps - max(1, round(averaged_share * steps))
     done = 0
     for _ in range(epochs):
-        for batch, wanted in loader:
+        for *columns, wanted in loader:
             optimizer.zero_grad()
-            criterion(module(batch), wanted).backward()
+            loss = criterion(module(*columns), wanted)
+            loss.backward()
             optimizer.step()
             schedule.step()
-            if done >= first:
-                for mean, parameter in zip(averaged, head.parameters(), strict=True):
+            if done >= first:  # of noisy weights: costs no privacy
+                for mean, parameter in zip(averaged, parameters, strict=True):
                     mean += parameter.detach() / (steps - first)
             done += 1
+            if progress is not None:
+                progress(done, steps, float(loss.detach()))
     if epsilon is not None:
         module.to_standard_module()  # takes the engine's hooks off
     with torch.no_grad():
-        layer.weight.copy_(averaged[0] * scale)
-        if layer.bias is not None:
-            layer.bias.copy_(averaged[1])
+        for mean, parameter in zip(averaged, parameters, strict=True):
+            parameter.copy_(mean)
     if epsilon is None or delta is None:
         return HeadRun(None, None, None, rate, done)
     noise = float(optimizer.noise_multiplier)

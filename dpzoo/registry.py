@@ -1,8 +1,7 @@
-"""What the zoo holds: (family, task) -> class, and dpzoo class <-> stock class.
+"""What the zoo holds: (family, task) -> class, and a class by its name.
 
-A class has the name of the transformers class that it replaces; a new family is a file in
-`dpzoo.models`, a line in `FAMILIES`, and its entries in `TASKS`, or, outside the package,
-`register_family`.
+A class has the name of the transformers class that it replaces. A new family is a file in `dpzoo.models`
+that says in ``TASKS`` what its classes do, and a call of `register_family`: here, or outside the package.
 """
 
 import difflib
@@ -11,53 +10,44 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
 
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.models import bert, distilbert, gpt2, roberta
-from dpzoo.models.base import PerSampleModel
+from dpzoo.models.base import PerSampleModel, stock_class
 
-_FAMILIES: dict[str, ModuleType] = {
-    "bert": bert,
-    "roberta": roberta,
-    "distilbert": distilbert,
-    "gpt2": gpt2,
+__all__ = [
+    "CLASSES",
+    "FAMILIES",
+    "PIPELINE_TASKS",
+    "TASKS",
+    "class_by_name",
+    "list_models",
+    "model_class",
+    "register_family",
+    "stock_class",
+]
+
+_FAMILIES: dict[str, ModuleType] = {}
+_CLASSES: dict[tuple[str, str], type[PerSampleModel]] = {}
+_BY_NAME: dict[str, type[PerSampleModel]] = {}
+_TASKS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "pre-training": (),
+    "masked-lm": (),
+    "causal-lm": (),
+    "next-sentence-prediction": (),
+    "sequence-classification": (),
+    "multiple-choice": (),
+    "double-heads": (),
+    "token-classification": (),
+    "question-answering": (),
 }
 
 FAMILIES = MappingProxyType(_FAMILIES)
 """Family (transformers' ``model_type``) -> the module with its classes."""
 
-_TASKS: dict[str, tuple[str, ...]] = {
-    "base": ("BertModel", "RobertaModel", "DistilBertModel", "GPT2Model"),
-    "pre-training": ("BertForPreTraining",),
-    "masked-lm": ("BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM"),
-    "causal-lm": ("BertLMHeadModel", "RobertaForCausalLM", "GPT2LMHeadModel"),
-    "next-sentence-prediction": ("BertForNextSentencePrediction",),
-    "sequence-classification": (
-        "BertForSequenceClassification",
-        "RobertaForSequenceClassification",
-        "DistilBertForSequenceClassification",
-        "GPT2ForSequenceClassification",
-    ),
-    "multiple-choice": (
-        "BertForMultipleChoice",
-        "RobertaForMultipleChoice",
-        "DistilBertForMultipleChoice",
-    ),
-    "double-heads": ("GPT2DoubleHeadsModel",),
-    "token-classification": (
-        "BertForTokenClassification",
-        "RobertaForTokenClassification",
-        "DistilBertForTokenClassification",
-        "GPT2ForTokenClassification",
-    ),
-    "question-answering": (
-        "BertForQuestionAnswering",
-        "RobertaForQuestionAnswering",
-        "DistilBertForQuestionAnswering",
-        "GPT2ForQuestionAnswering",
-    ),
-}
+CLASSES = MappingProxyType(_CLASSES)
+"""(family, task) -> dpzoo class."""
 
 TASKS = MappingProxyType(_TASKS)
 """Task -> the names of the classes that do it, at most one of each family."""
@@ -75,39 +65,23 @@ PIPELINE_TASKS = MappingProxyType(
 """transformers' names of pipelines -> the task that is meant, for suggestions."""
 
 
-def _registry() -> dict[tuple[str, str], type[PerSampleModel]]:
-    classes = {}
-    for task, names in TASKS.items():
-        for name in names:
-            for family, module in FAMILIES.items():
-                if name in vars(module):
-                    classes[family, task] = getattr(module, name)
-    return classes
-
-
-_CLASSES = _registry()
-
-CLASSES = MappingProxyType(_CLASSES)
-"""(family, task) -> dpzoo class."""
-
-_BY_NAME = {cls.__name__: cls for cls in CLASSES.values()}
-
-
-def register_family(module: ModuleType, tasks: Mapping[str, str]) -> None:
-    """Add a family that is not part of the package, for the rest of the process.
+def register_family(module: ModuleType, tasks: Mapping[str, str] | None = None) -> None:
+    """Add a family, for the rest of the process.
 
     From then on `convert`, `from_pretrained`, `list_models` and the rest know it like the others.
 
     Args:
         module: the module with the family's classes, each named as the transformers class that it
             replaces. Their ``config_class`` names the family (transformers' ``model_type``).
-        tasks: one of `TASKS` -> the name of the class that does it; at least one.
+        tasks: one of `TASKS` -> the name of the class that does it; at least one. None takes the
+            module's own ``TASKS``.
 
     Raises:
         InputError: no task or an unknown one, a name that the module has no `PerSampleModel` of or
             transformers no class of, classes of several families, or a family that is there already.
             Nothing is added then.
     """
+    tasks = getattr(module, "TASKS", {}) if tasks is None else tasks
     known = ", ".join(TASKS)
     if not tasks or not tasks.keys() <= TASKS.keys():
         raise InputError(f"register_family got tasks {sorted(tasks)}, wanted some of: {known}.")
@@ -138,6 +112,15 @@ def register_family(module: ModuleType, tasks: Mapping[str, str]) -> None:
         _TASKS[task] = (*_TASKS[task], cls.__name__)
         _CLASSES[families[0], task] = cls
         _BY_NAME[cls.__name__] = cls
+
+
+for _module in (
+    bert,
+    roberta,
+    distilbert,
+    gpt2,
+):
+    register_family(_module)
 
 
 def list_models() -> dict[str, dict[str, str]]:
@@ -184,21 +167,6 @@ def class_by_name(name: str) -> type[PerSampleModel]:
             + _suggestion(name, _BY_NAME)
         )
     return _BY_NAME[name]
-
-
-def stock_class(cls: type[PerSampleModel]) -> type[PreTrainedModel]:
-    """The transformers class that a dpzoo class, or a subclass of one, replaces.
-
-    Raises:
-        UnsupportedModelError: the class does not come from dpzoo.
-    """
-    for base in cls.__mro__:
-        if _BY_NAME.get(base.__name__) is base:
-            return getattr(transformers, base.__name__)
-    raise UnsupportedModelError(
-        f"{cls.__module__}.{cls.__qualname__} is not a dpzoo class or a subclass of one. "
-        f"dpzoo.list_models() gives those."
-    )
 
 
 def _suggestion(word: str, known: Any) -> str:

@@ -1,15 +1,17 @@
-"""What the test suite was run with, and the warning of anything else. docs/versions.md has the runs."""
+"""dpzoo's version, what the tests were run with (docs/versions.md), and the warning of anything else."""
 
 import warnings
+from importlib.metadata import version as installed
 
-import transformers
 from packaging.specifiers import SpecifierSet
+
+__version__ = "0.1.0"
 
 TRANSFORMERS = ">=5.20.2,<5.25"
 """The versions of transformers that the tests were run with; pyproject.toml says the same."""
 
 
-def warn_if_untested(version: str = transformers.__version__) -> None:
+def warn_if_untested(version: str = installed("transformers")) -> None:
     """Warn, by name, of a transformers outside `TRANSFORMERS`. `import dpzoo` calls it, once.
 
     The models follow transformers' code, and are compared with it by the tests. With another version they

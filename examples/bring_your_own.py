@@ -14,23 +14,22 @@ import copy
 import sys
 from collections.abc import Sequence
 
-import recipes
 import torch
-from quickstart_data import tsv_data
-from rows import Batch, trimmed
-from text_classification import Recipe, accuracy, encode
-from torch import nn
-from training import (
+from support import recipes
+from support.rows import Batch, trimmed
+from support.texts import accuracy, encode, read_texts, text_options
+from support.training import (
     DEVICE,
     classes,
     delta_of,
     launch,
     load_tokenizer,
     on_device,
-    options,
     show,
     train_privately,
 )
+from text_classification import Recipe
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import dpzoo
@@ -57,13 +56,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> str:
 
 def run(arguments: argparse.Namespace) -> PreTrainedModel:
     recipe = recipes.from_options(Recipe, arguments)
-    data = tsv_data(
-        arguments.data,
-        arguments.eval,
-        label_names=None,
-        seed=arguments.seed,
-        heldout_share=recipe.heldout_share,
-    )
+    data = read_texts(arguments, recipe)
     name, tokenizer, overrides = load_tokenizer(recipe.model)
     overrides |= classes(data.label_names)
     # Yours: any stock model object will do, trained by whatever means.
@@ -109,8 +102,7 @@ def run(arguments: argparse.Namespace) -> PreTrainedModel:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = options(__doc__, Recipe, "text-classification", "lines of text<TAB>label")
-    return launch(run, parser, argv)
+    return launch(run, text_options(__doc__, Recipe, "text-classification"), argv)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import every_parameter
 import torch
 import transformers
-from every_parameter import PrivacySpent, collate, encode
-from every_parameter_recipe import Recipe, RecipeError, read_recipe
 from opacus import PrivacyEngine
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from quickstart_data import DataError
-from quickstart_progress import Progress
+from support import classification as every_parameter
+from support.classification import Recipe, collate, encode
+from support.data import DataError
+from support.models import WHEEL, PrivacySpent, minilm_folder
+from support.progress import Progress
+from support.recipes import RecipeError, read
 from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer
@@ -142,7 +143,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--recipe", default="every-parameter", help="a name under configs/recipes, or a .yaml file")
     add(
         "--model",
-        help=f"a model id or folder (default: all-MiniLM-L6-v2 out of {every_parameter.WHEEL})",
+        help=f"a model id or folder (default: all-MiniLM-L6-v2 out of {WHEEL})",
     )
     add("--data", type=Path, metavar="FILE.tsv", help="train on lines of text<TAB>label instead")
     add("--eval", type=Path, metavar="FILE.tsv", help="held-out lines for --data")
@@ -164,10 +165,10 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     began = time.monotonic()
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     given = {field.name: getattr(arguments, field.name) for field in fields(Recipe)}
-    recipe = read_recipe(arguments.recipe, {k: v for k, v in given.items() if v is not None})
+    recipe = read(Recipe, arguments.recipe, {k: v for k, v in given.items() if v is not None})
     # The same on all ranks: who holds which rows is the sampler's business.
     data = every_parameter.read_data(arguments, recipe)
-    name = str(arguments.model or every_parameter.minilm_folder())
+    name = str(arguments.model or minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(name)
     train = encode(data.train, tokenizer, recipe.max_length)
     delta = 1 / len(train) if arguments.delta is None else arguments.delta

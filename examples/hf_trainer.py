@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from every_parameter import minilm_folder
-from quickstart_data import DataError, Row, tsv_data
+from support.data import DataError, Row, tsv_data
+from support.models import minilm_folder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -87,7 +87,7 @@ def run(script: ScriptArguments, args: TrainingArguments) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=accuracy,
         privacy=PrivacyArguments(  # private
-            target_epsilon=script.epsilon, max_grad_norm=script.clip, grad_sample_mode=script.mode
+            target_epsilon=script.epsilon, clipping_norm=script.clip, grad_sample_mode=script.mode
         ),
     )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -15,24 +15,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import recipes
 from peft import LoraConfig, PeftModel, get_peft_model
-from quickstart_data import tsv_data
-from rows import Rows
-from text_classification import accuracy, encode
-from torch import nn
-from training import (
+from support import recipes
+from support.rows import Rows
+from support.texts import accuracy, encode, read_texts, text_options
+from support.training import (
     DEVICE,
     classes,
     delta_of,
     launch,
     load,
-    options,
     outputs_of,
     save,
     show,
     train_privately,
 )
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 # Queries and values; GPT-2 has them, and the keys, in one projection. PEFT's own choice, which has none for
@@ -47,18 +45,10 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Recipe(recipes.TrainingRecipe):
-    """A training recipe, the share of texts held out where there is no --eval, and the adapter's size.
+    """A training recipe, and the adapter's size: `alpha` / `rank` times a product of rank `rank`."""
 
-    The adapter adds `alpha` / `rank` times a product of two matrices of `rank` columns and rows.
-    """
-
-    heldout_share: float
     rank: int
     alpha: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        recipes.at_most(self, "heldout_share", 0.5)
 
 
 def adapt(model: Any, recipe: Recipe) -> PeftModel:
@@ -81,13 +71,7 @@ def difference(model: nn.Module, other: nn.Module, rows: Rows) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipes.from_options(Recipe, arguments)
-    data = tsv_data(
-        arguments.data,
-        arguments.eval,
-        label_names=arguments.labels.split(",") if arguments.labels else None,
-        seed=arguments.seed,
-        heldout_share=recipe.heldout_share,
-    )
+    data = read_texts(arguments, recipe)
     model, tokenizer = load(recipe.model, "sequence-classification", **classes(data.label_names))
     adapted = adapt(model, recipe)
     train = encode(data.train[: arguments.rows], tokenizer, recipe.max_length)
@@ -115,9 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = options(__doc__, Recipe, "lora", "lines of text<TAB>label")
-    parser.add_argument("--labels", help="by commas (default: those that occur in --data)")
-    return launch(run, parser, argv)
+    return launch(run, text_options(__doc__, Recipe, "lora"), argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Adapt a masked language model to a domain with differential privacy, from a file of texts.
 
-    python examples/masked_lm.py --data notes.txt --out adapted
     python examples/masked_lm.py --data notes.txt --eval others.txt --model roberta-base --out adapted
 
-A line is a text, a row and a unit of privacy; what is longer than the recipe's max_length is cut off, not
-made into further rows. The loss on held-out lines is measured before and after, on the same masks.
+A line is a row and a unit of privacy, and is cut at the recipe's max_length.
 """
 
 from __future__ import annotations
@@ -16,28 +14,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import recipes
 import torch
-from rows import IGNORED, Batch, Rows, hold_out, read_lines
+from support import recipes
+from support.rows import IGNORED, Batch, Rows, hold_out, read_lines
+from support.texts import tokenize
+from support.training import (
+    delta_of,
+    launch,
+    load,
+    options,
+    outputs_of,
+    save,
+    show,
+    train_privately,
+)
 from torch import nn
-from training import delta_of, launch, load, options, outputs_of, save, show, train_privately
 
 
 @dataclass(frozen=True)
 class Recipe(recipes.TrainingRecipe):
-    """A training recipe, the share of tokens to predict, and the share of lines to hold out."""
+    """A training recipe, and the share of tokens to predict."""
 
     mask_share: float
-    heldout_share: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
         recipes.at_most(self, "mask_share", 0.5)
-        recipes.at_most(self, "heldout_share", 0.5)
 
 
 class MaskedRows(Rows):
-    """Rows that are masked anew whenever they are drawn.
+    """Rows that get another mask whenever they are drawn.
 
     As in BERT: of the chosen tokens 80 % become the mask, 10 % any token, and 10 % stay. Which, is decided
     by a generator of the row's own, so that it does not depend on who else is in the batch or the data.
@@ -45,15 +51,14 @@ class MaskedRows(Rows):
     Args:
         encoded: input_ids and attention_mask, (rows, seq).
         tokenizer: has a mask token; special tokens are never chosen.
-        share: the probability that a token is chosen.
-        seed: of all masks.
+        share: the probability that a token is chosen; `seed` is that of all masks.
         fixed: whether a row is masked in the same way every time.
     """
 
     def __init__(
         self, encoded: Batch, tokenizer: Any, share: float, seed: int, fixed: bool = False
     ) -> None:
-        super().__init__(**encoded)
+        super().__init__(**{name: encoded[name] for name in ("input_ids", "attention_mask")})
         self.special = torch.isin(encoded["input_ids"], torch.tensor(tokenizer.all_special_ids))
         self.mask, self.vocabulary = tokenizer.mask_token_id, len(tokenizer)
         self.share, self.seed, self.fixed = share, seed, fixed
@@ -72,14 +77,6 @@ class MaskedRows(Rows):
         return {**row, "input_ids": shown.where(chosen, ids), "labels": labels}
 
 
-def encode(texts: Sequence[str], tokenizer: Any, length: int) -> Batch:
-    """Token ids and mask, (rows, length)."""
-    encoded = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
 def masked_loss(model: nn.Module, rows: Rows) -> float:
     """Cross entropy of the masked tokens, averaged over the tokens of all rows."""
     total, count = 0.0, 0
@@ -96,22 +93,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.eval:
         held = [line for line in read_lines(arguments.eval) if line.strip()]
     else:
-        share = recipe.heldout_share
-        texts, held = hold_out(texts, lambda text: text, share, arguments.seed, arguments.data)
+        texts, held = hold_out(texts, str, recipe.heldout_share, arguments.seed, arguments.data)
     model, tokenizer = load(recipe.model, "masked-lm")
-    train, heldout = (
-        MaskedRows(
-            encode(part, tokenizer, recipe.max_length),
-            tokenizer,
-            recipe.mask_share,
-            arguments.seed,
-            fixed,
-        )
-        for part, fixed in ((texts[: arguments.rows], False), (held, True))
-    )
+    parts = (texts[: arguments.rows], held)
+    own, other = (tokenize(part, tokenizer, recipe.max_length) for part in parts)
+    how = (tokenizer, recipe.mask_share, arguments.seed)
+    train, heldout = MaskedRows(own, *how), MaskedRows(other, *how, fixed=True)
     print(f"{len(train)} lines to train on, {len(heldout)} held out")
-    before = masked_loss(model, heldout)
-    spent = train_privately(model, train, recipe, delta=delta_of(arguments, len(train)))
+    before, delta = masked_loss(model, heldout), delta_of(arguments, len(train))
+    spent = train_privately(model, train, recipe, delta=delta)
     after = masked_loss(model, heldout)
     show(
         spent,

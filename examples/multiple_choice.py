@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import recipes
 import torch
-from quickstart_data import DataError
-from rows import Rows, hold_out, read_lines
-from torch import nn
-from training import delta_of, launch, load, options, outputs_of, save, show, train_privately
+from support.data import DataError
+from support.recipes import TrainingRecipe, from_options
+from support.rows import Rows, hold_out, read_lines
+from support.texts import accuracy
+from support.training import delta_of, launch, load, options, save, show, train_privately
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,6 @@ class Question:
     context: str
     choices: tuple[str, ...]
     answer: int
-
-
-@dataclass(frozen=True)
-class Recipe(recipes.TrainingRecipe):
-    """A training recipe, and the share of contexts held out where there is no --eval."""
-
-    heldout_share: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        recipes.at_most(self, "heldout_share", 0.5)
 
 
 def read_questions(path: Path, choices: int | None = None) -> list[Question]:
@@ -81,13 +70,8 @@ def encode(questions: Sequence[Question], tokenizer: Any, length: int) -> Rows:
     return Rows(**columns, labels=torch.tensor([question.answer for question in questions]))
 
 
-def accuracy(model: nn.Module, rows: Rows) -> float:
-    right = [(out.logits.argmax(1) == batch["labels"]) for batch, out in outputs_of(model, rows)]
-    return torch.cat(right).float().mean().item()
-
-
 def run(arguments: argparse.Namespace) -> None:
-    recipe = recipes.from_options(Recipe, arguments)
+    recipe = from_options(TrainingRecipe, arguments)
     questions = read_questions(arguments.data)
     choices = len(questions[0].choices)
     if arguments.eval:
@@ -110,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     data = "lines of context<TAB>choices, by tabs<TAB>index of the answer, from 0"
-    return launch(run, options(__doc__, Recipe, "multiple-choice", data), argv)
+    return launch(run, options(__doc__, TrainingRecipe, "multiple-choice", data), argv)
 
 
 if __name__ == "__main__":

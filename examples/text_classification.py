@@ -21,57 +21,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import recipes
 import torch
-from every_parameter import PrivacySpent
-from quickstart_data import Row, tsv_data
-from rows import Rows
+from support import recipes
+from support.data import Row
+from support.models import PrivacySpent
+from support.texts import accuracy, encode, read_texts, text_options
+from support.training import classes, delta_of, launch, load, save, show, train_privately
 from torch import nn
-from training import (
-    classes,
-    delta_of,
-    launch,
-    load,
-    options,
-    outputs_of,
-    save,
-    show,
-    train_privately,
-)
 
 from dpzoo import heads
 
 
 @dataclass(frozen=True)
 class Recipe(recipes.TrainingRecipe):
-    """A training recipe, the share of texts held out where there is no --eval, and what is trained.
+    """A training recipe, and what is trained.
 
     `trainable` is head, on the frozen encoder's features; bias: biases and the new head (DP-BiTFiT, arXiv
     2210.00036); or all.
     """
 
-    heldout_share: float
     trainable: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        recipes.at_most(self, "heldout_share", 0.5)
         recipes.one_of(self, "trainable", ("head", "bias", "all"))
         if self.trainable == "head":  # as dpzoo.heads trains it, and in no other way
             recipes.one_of(self, "schedule", ("linear",))
             recipes.one_of(self, "clipping", ("flat",))
-
-
-def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Rows:
-    """Token ids and mask, (rows, max_length), and labels, (rows,)."""
-    encoded = tokenizer(
-        [row.text for row in rows],
-        padding="max_length",
-        truncation=True,
-        max_length=max_length,
-        return_tensors="pt",
-    )
-    return Rows(**encoded, labels=torch.tensor([row.label for row in rows]))
 
 
 def freeze_all_but_biases(model: nn.Module) -> None:
@@ -86,18 +62,12 @@ def train_on_features(
     """Train the last layer alone, on what the frozen rest of the model says of each row, read once."""
     pooled = model.config.model_type in ("bert", "roberta")
     norm = heads.pool_by_mean(model) if pooled else None
-    values = heads.read_features(
-        model,
-        tokenizer,
-        [row.text for row in rows],
-        max_length=recipe.max_length,
-        batch_size=recipe.micro_batch_size,
-    )
-    labels = torch.tensor([row.label for row in rows])
+    sizes = {"max_length": recipe.max_length, "batch_size": recipe.micro_batch_size}
+    values = heads.read_features(model, tokenizer, [row.text for row in rows], **sizes)
     run = heads.train_head(
         model,
         values,
-        labels,
+        torch.tensor([row.label for row in rows]),
         epsilon=recipe.epsilon,
         delta=delta,
         epochs=recipe.epochs,
@@ -110,35 +80,21 @@ def train_on_features(
     return PrivacySpent(epsilon, delta, noise, run.sample_rate, run.steps)
 
 
-def accuracy(model: nn.Module, rows: Rows) -> float:
-    right = [(out.logits.argmax(1) == batch["labels"]) for batch, out in outputs_of(model, rows)]
-    return torch.cat(right).float().mean().item()
-
-
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipes.from_options(Recipe, arguments)
-    data = tsv_data(
-        arguments.data,
-        arguments.eval,
-        label_names=arguments.labels.split(",") if arguments.labels else None,
-        seed=arguments.seed,
-        heldout_share=recipe.heldout_share,
-    )
+    data = read_texts(arguments, recipe)
     model, tokenizer = load(recipe.model, "sequence-classification", **classes(data.label_names))
     rows = data.train[: arguments.rows]
     heldout = encode(data.heldout, tokenizer, recipe.max_length)
     if recipe.trainable == "bias":
         freeze_all_but_biases(model)
-    if recipe.trainable == "head":
-        trained = sum(p.numel() for p in heads.output_layer(model)[1].parameters())
-    else:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"{type(model).__name__}: {trained:,} of {model.num_parameters():,} parameters are trained"
-    )
+    head = recipe.trainable == "head"
+    trained = heads.output_layer(model)[1] if head else model
+    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    print(f"{type(model).__name__}: {count:,} of {model.num_parameters():,} parameters are trained")
     print(f"{len(rows)} rows to train on, {len(heldout)} held out")
     delta = delta_of(arguments, len(rows))
-    if recipe.trainable == "head":
+    if head:
         spent = train_on_features(model, tokenizer, rows, recipe, delta)
     else:
         train = encode(rows, tokenizer, recipe.max_length)
@@ -154,8 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = options(__doc__, Recipe, "text-classification-head", "lines of text<TAB>label")
-    parser.add_argument("--labels", help="by commas (default: those that occur in --data)")
+    parser = text_options(__doc__, Recipe, "text-classification-head")
     return launch(run, parser, argv)
 
 

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -342,7 +341,6 @@ KILLED = textwrap.dedent(
 )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_what_returned_before_a_kill_is_paid(path: Path) -> None:
     """Killed at random moments and begun again, five times: paid is never below what was acknowledged."""
     chance, released, begun = random.Random(0), set(), set()
@@ -361,7 +359,7 @@ def test_what_returned_before_a_kill_is_paid(path: Path) -> None:
         assert process.stderr is not None
         said = process.stdout.readline()
         time.sleep(chance.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         said += process.stdout.read()
         assert process.stderr.read() == ""
         process.wait()

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dpzoo
-from dpzoo.conversion import _convert
 from dpzoo.layers.embeddings import TokenEmbedding
 from dpzoo.layers.lm_head import LMHead
 from dpzoo.registry import TASKS, class_by_name, stock_class
@@ -397,7 +396,7 @@ def test_loading_frees_each_layer_that_it_copies(name: str) -> None:
     stock = stock_model(name, torch.float32)
     before = snapshot(stock)
     kept = dict(stock.named_parameters())
-    zoo = _convert(stock, release=True)
+    zoo = class_by_name(name).from_stock(stock, release=True)
     assert_bit_equal(zoo.state_dict(), before)
     copied = transposed_names(zoo)
     assert {key for key, parameter in kept.items() if parameter.numel() == 0} == copied

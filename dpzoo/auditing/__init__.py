@@ -6,15 +6,9 @@ would replace it in the package's namespace for whoever imports the submodule.
 It knows no family: any `torch.nn.Module` and any batch will do.
 """
 
+from dpzoo.auditing.findings import CheckResult, Finding, Severity, ShapeRow
 from dpzoo.auditing.loop import audit_loop
-from dpzoo.auditing.report import (
-    AuditFailedError,
-    AuditReport,
-    CheckResult,
-    Finding,
-    Severity,
-    ShapeRow,
-)
+from dpzoo.auditing.report import AuditFailedError, AuditReport
 from dpzoo.auditing.run import CHECKS, audit
 
 __all__ = [

@@ -1,16 +1,17 @@
 """Coverage and unit: is there a per-sample gradient, for every parameter, of the row?"""
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 
 from dpzoo.auditing.capture import Trace
-from dpzoo.auditing.numerics import disagreements, largest
+from dpzoo.auditing.findings import ShapeRow
+from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.report import ShapeRow
 from dpzoo.auditing.subject import Subject
+from dpzoo.modes import MODES
+from dpzoo.opacus_internals import has_grad_sampler
 
 PER_ROW = (
     "give the module one input row for each row of the batch (for positions: per-row position_ids of "
@@ -41,7 +42,8 @@ def unit(subject: Subject, record: Record) -> None:
     k of those to a row, a row contributes up to k times the clipping norm.
     """
     if not _opacus(subject):
-        record.skip("bk follows the rows, in whatever dimension they are")
+        if not record.parts:  # of Opacus' modes
+            record.skip("bk follows the rows, in whatever dimension they are")
         return
     record.ran()
     for kind, message in (
@@ -69,7 +71,7 @@ def unit(subject: Subject, record: Record) -> None:
 
 def shapes(subject: Subject) -> list[ShapeRow]:
     """The layer-by-layer table of activation, backprop and grad_sample shapes."""
-    mode = next((m for m in subject.modes if m not in ("ghost", "bk")), None)
+    mode = next((m for m in subject.modes if not MODES[m].norms), None)
     rows = subject.mode_run(mode).rows if mode else {}
     table = []
     for trace in subject.traces:
@@ -102,7 +104,7 @@ def _held(subject: Subject, traces: list[Trace]) -> list[str]:
 
 def _opacus(subject: Subject) -> bool:
     """Whether a mode of Opacus' own is audited: bk has other ways, and names itself what it refuses."""
-    return any(mode != "bk" for mode in subject.modes)
+    return any(not MODES[mode].own for mode in subject.modes)
 
 
 def _structure(subject: Subject, record: Record) -> None:
@@ -131,7 +133,7 @@ def _structure(subject: Subject, record: Record) -> None:
                 parameters=[prefix + name for name in own],
             )
         inside = [n for n, p in module.named_parameters() if p.requires_grad]
-        if len(inside) > len(own) and trace.kind not in GradSampleModule.GRAD_SAMPLERS:
+        if len(inside) > len(own) and not has_grad_sampler(trace.kind):
             record.find(
                 "note",
                 f"{trace.kind.__name__} holds parameters itself and has submodules with parameters: "
@@ -191,7 +193,7 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
         )
         scalar = mode == "bk" and PER_ROW_LOSS_ONLY["bk"] in run.error
         record.find(
-            "note" if scalar else "crash",
+            "note" if scalar and len(subject.modes) > 1 else "crash",
             f"{mode} mode raises in its first step: {run.error}",
             "give the parameter one module and one call, use hooks mode, or dpzoo.convert(model)"
             if tying
@@ -201,7 +203,7 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
             modules=subject.owners(names) or calls or odd,
         )
         return
-    values = run.norms if mode == "ghost" else run.rows
+    values = run.values
     _missing(subject, record, mode, [name for name in subject.parameters if name not in values])
     wrong = {name: len(v) for name, v in values.items() if len(v) != subject.rows}
     seen = {t.module for t in subject.traces if t.unit not in ("rows", "unseen")}
@@ -217,7 +219,7 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
             expected=f"batch dimension {subject.rows}",
             got=f"batch dimension {wrong[name]}",
         )
-    if run.rows:
+    if run.rows and not subject.random:
         sums = {n: v.sum(0) for n, v in run.rows.items() if n not in wrong}
         _sums(subject, record, mode, sums)
 
@@ -229,7 +231,7 @@ def _missing(subject: Subject, record: Record, mode: str, names: list[str]) -> N
     truth = subject.total_gradient(subject.batch)
     reached = [n for n in names if bool((truth[n] != 0).any())]
     unreached = [n for n in names if n not in reached]
-    if mode == "bk":
+    if MODES[mode].own:
         _without_uses(subject, record, reached, unreached)
         return
     if reached:
@@ -273,8 +275,10 @@ def _without_uses(
         ),
     ):
         if names:
+            # What a random model skips in one batch, it takes in another.
+            skipped = names is unreached and subject.loss.fixed
             record.find(
-                "utility",
+                "note" if skipped else "utility",
                 f"trainable parameters are moved by noise alone: {why}",
                 remedy,
                 parameters=names,
@@ -288,7 +292,7 @@ def _without_uses(
 def _sums(subject: Subject, record: Record, mode: str, sums: dict[str, torch.Tensor]) -> None:
     """The sum over rows is autograd's gradient."""
     truth = subject.total_gradient(subject.batch)
-    wrong = disagreements(sums, truth, subject.tolerance)
+    wrong = record.differ(sums, truth, subject.tolerance)
     padding = [n for n in wrong if _only_padding(subject, n, sums[n], truth[n])]
     if padding:
         record.find(

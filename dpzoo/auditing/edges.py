@@ -7,6 +7,7 @@ from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
+from dpzoo.modes import MODES
 
 
 def edges(subject: Subject, record: Record) -> None:
@@ -20,12 +21,14 @@ def edges(subject: Subject, record: Record) -> None:
         with subject.usable(mode, record.skipped) as usable:
             if not usable:
                 continue
-        if mode == "ew":
-            record.skip("ew: torch's ExpandedWeights refuse empty batches")
+        if not MODES[mode].empty:
+            record.skip(f"{mode}: torch's ExpandedWeights refuse empty batches")
             continue
         record.ran()
         _sizes(subject, record, mode)
     _innocent_rows(subject, record)
+    if not subject.quick:
+        _poisoned(subject, record)
 
 
 def _sizes(subject: Subject, record: Record, mode: str) -> None:
@@ -43,6 +46,16 @@ def _sizes(subject: Subject, record: Record, mode: str) -> None:
                     raise RuntimeError(run.error)
                 got = run.norms
         except Exception as error:
+            if mode == "bk" and batch.rows == 0:
+                record.find(
+                    "note",
+                    f"the model raises on an empty batch: {first_line(error)}",
+                    "Poisson sampling draws such batches, with probability exp(-expected rows). bk takes "
+                    "the step without the model: leave forward and backward pass out, and call "
+                    "optimizer.step() all the same. DPTrainer does so",
+                    mode=mode,
+                )
+                continue
             record.find(
                 "crash",
                 f"{mode} mode raises on {title}: {first_line(error)}",
@@ -72,7 +85,7 @@ def _sizes(subject: Subject, record: Record, mode: str) -> None:
 def _innocent_rows(subject: Subject, record: Record) -> None:
     """Rows that data may well hold have finite gradients; those that do not, poison the sum."""
     trials: list[tuple[str, Batch, str]] = []
-    if subject.batch.token_labels():
+    if subject.batch.token_labels(sure=True):
         trials.append(
             (
                 "all its labels are ignored",
@@ -98,7 +111,7 @@ def _innocent_rows(subject: Subject, record: Record) -> None:
         record.ran()
         bad = [name for name, g in gradient.items() if not bool(g.isfinite().all())]
         if bad:
-            left_out = set(subject.modes) == {"bk"}
+            left_out = all(MODES[mode].own for mode in subject.modes)
             record.find(
                 "note" if left_out else "privacy",
                 f"a row's gradient is not finite if {title}: "
@@ -114,7 +127,6 @@ def _innocent_rows(subject: Subject, record: Record) -> None:
                 expected="a finite gradient",
                 got="NaN or Inf",
             )
-    _poisoned(subject, record)
 
 
 def _poisoned(subject: Subject, record: Record) -> None:
@@ -127,23 +139,24 @@ def _poisoned(subject: Subject, record: Record) -> None:
         weights[0] = float("nan")
         run = subject.opacus(mode).run(subject.batch, weights)
         subject.opacus(mode).discard()
-        values = run.norms if mode == "ghost" else run.rows
+        values = run.values
         if run.error or not values:
             continue
         record.ran()
-        first = 0 if mode == "bk" else 1
+        own = MODES[mode].own
+        first = 0 if own else 1
         healthy = [bool(v[first:].isfinite().all()) for v in values.values()]
         if not all(healthy):
             names = [n for n, ok in zip(values, healthy, strict=True) if not ok]
             record.find(
                 "privacy",
                 "a NaN in one row's loss makes other rows' gradients NaN"
-                + (", or is not left out of the sum" if mode == "bk" else ""),
+                + (", or is not left out of the sum" if own else ""),
                 "rows meet somewhere; see isolation",
                 parameters=names,
                 mode=mode,
             )
-        if mode != "bk":
+        if not own:
             spread.append(mode)
     if spread:
         record.find(

@@ -9,6 +9,8 @@ from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
+from dpzoo.conversion import to_transformers
+from dpzoo.errors import UnsupportedModelError
 
 LEARNING_RATE = 0.1
 
@@ -102,10 +104,6 @@ def _step(subject: Subject, record: Record, mode: str) -> None:
 
 def _export(subject: Subject, record: Record) -> None:
     """The stock model that a dpzoo model saves as computes the same losses."""
-    # Conversion stands beside the audit, and is needed only if the model is one of dpzoo's.
-    from dpzoo.conversion import to_transformers
-    from dpzoo.errors import UnsupportedModelError
-
     if subject.user_loss is not None:
         return
     try:
@@ -124,6 +122,8 @@ def _export(subject: Subject, record: Record) -> None:
             ours, theirs = subject.loss.total(subject.model, row), subject.loss.total(stock, row)
             if bool(theirs.isfinite().all()):  # transformers' mean over no label is NaN
                 differences.append(float((ours - theirs).abs() / theirs.abs().clamp(min=1.0)))
+    if differences:
+        record.measure(max(differences))
     if differences and max(differences) > subject.tolerance:
         record.find(
             "utility",

@@ -2,9 +2,9 @@
 
 import torch
 
+from dpzoo import opacus_internals as internals
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.book_keeping import BookMode
-from dpzoo.auditing.numerics import disagreements
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
@@ -58,7 +58,7 @@ def _book(subject: Subject, record: Record) -> None:
             got = book.step_after(subject.batch, batch, clip)
         except Exception:  # edges and coverage name what raises
             continue
-        stale = disagreements(got, wanted, subject.tolerance)
+        stale = record.differ(got, wanted, subject.tolerance)
         if stale:
             name = next(iter(stale))
             record.find(
@@ -102,12 +102,12 @@ def _left_over(subject: Subject, batch: Batch) -> list[str]:
     try:
         opacus.clear()
         for p in opacus.parameters.values():
-            p._norm_sample = torch.full((batch.rows,), POISON, dtype=p.dtype, device=p.device)
+            poison = torch.full((batch.rows,), POISON, dtype=p.dtype, device=p.device)
+            internals.set_norms(p, poison)
         opacus.backward(batch)
+        norms = {name: internals.norms_of(p) for name, p in opacus.parameters.items()}
         left = [
-            name
-            for name, p in opacus.parameters.items()
-            if len(p._norm_sample) and bool((p._norm_sample == POISON).all())
+            n for n, v in norms.items() if v is not None and len(v) and bool((v == POISON).all())
         ]
         opacus.clear()
         return left

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
+from dpzoo import opacus_internals as internals
+from dpzoo.auditing.findings import CheckResult
 from dpzoo.auditing.loop_lint import Loop, parameters, sampling, settings
 from dpzoo.auditing.loop_observation import observe
+from dpzoo.auditing.loop_trials import repeated_draws, trials
 from dpzoo.auditing.noise import measure
 from dpzoo.auditing.numerics import Gradients, row_norms
 from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.randomness import kept_states
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.report import AuditReport, CheckResult
+from dpzoo.auditing.report import AuditReport
 from dpzoo.clipping.draws import Draws
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import Release
@@ -41,16 +45,18 @@ def audit_loop(
         loader: the loader that the loop draws batches from.
         privacy_engine: the engine, whose accountant is asked what it would account for a step.
         step: the loop's body, if it can be called: takes a batch and does forward, backward and
-            ``optimizer.step()``. It is run on two batches of the loader and watched; parameters,
-            optimizer, accountant and scheduler are put back afterwards.
+            ``optimizer.step()``. It is run on batches of the loader, until it has taken two steps, and
+            watched; and in trials, on draws of 0 to 5 rows that differ in one thing (a row, a seed, the
+            batch before). Parameters, optimizer, accountant and scheduler are put back afterwards.
         scaler: the loop's GradScaler, if it has one.
         scheduler: its learning rate scheduler.
-        accumulation_steps: how many ``backward()`` calls the loop makes for one ``optimizer.step()``.
+        accumulation_steps: how many of the loader's batches the loop takes for one ``optimizer.step()``.
         clip_grad_norm: the value that the loop passes to ``clip_grad_norm_``, if it calls it (for
             transformers' Trainer, ``args.max_grad_norm``).
 
     Returns:
-        A report with the checks "loop lint", "freshness", "noise" and, given ``step``, "loop steps".
+        A report with the checks "loop lint", "freshness", "noise" and, given ``step``, "loop trials"
+        and "loop steps". Its verdict is `AuditReport.ok`, as of `dpzoo.audit`.
 
     Raises:
         InputError: the optimizer is not a private one.
@@ -72,6 +78,7 @@ def audit_loop(
         sampling(loop, record)
         parameters(loop, record)
         settings(loop, record, scaler, accumulation_steps, clip_grad_norm)
+        repeated_draws(loop, record)
 
     checks: list[tuple[str, Callable[[Record], None], str]] = [
         ("loop lint", lint, LINT_CATCHES),
@@ -80,18 +87,21 @@ def audit_loop(
     ]
     if step is not None:
         body = step
-        checks.append(
+        # Trials first: a body may learn from the first batch that it sees.
+        checks += [
+            ("loop trials", lambda record: trials(loop, body, scheduler, record), TRIALS_CATCHES),
             (
                 "loop steps",
                 lambda record: observe(loop.module, loop, body, scheduler, record),
                 STEPS_CATCHES,
-            )
-        )
+            ),
+        ]
     for name, check, catches in checks:
         record, begun = Record(name), time.perf_counter()
-        record.ran()
+        if name != "loop trials":  # which says itself whether it could
+            record.ran()
         try:
-            with torch.random.fork_rng(devices=[]), _own_noise(loop):
+            with kept_states(loop.module), _own_noise(loop):
                 check(record)
         except Exception as error:
             record.find("crash", f"the check could not finish: {first_line(error)}")
@@ -104,7 +114,7 @@ def audit_loop(
 LINT_CATCHES = (
     "shuffled batches under a Poisson accountant, another sampling rate or noise multiplier than the "
     "accountant's, optimizers of other parameters than the model's, a GradScaler, gradient-norm "
-    "clipping after the fact, accumulation under ghost mode"
+    "clipping after the fact, several draws for one step, the same draws in every pass, noise from a seed"
 )
 FRESHNESS_CATCHES = (
     "parameters unfrozen after wrapping, a BatchMemoryManager left early, gradients not cleared"
@@ -117,6 +127,13 @@ STEPS_CATCHES = (
 )
 
 
+TRIALS_CATCHES = (
+    "rows that a collator or a model cuts, copies, mixes or keeps for the next batch, losses reduced over "
+    "the batch, noise or draws that are seeded in the body, second optimizers and whatever else learns "
+    "from the batch without noise, bodies that train on other rows, empty batches that are skipped"
+)
+
+
 def _freshness(loop: Loop, record: Record) -> None:
     """Nothing is left of an earlier state or batch."""
     known = getattr(loop.wrapper, "trainable_parameters", None)
@@ -126,18 +143,18 @@ def _freshness(loop: Loop, record: Record) -> None:
     elif loop.mode == "bk":  # counts what is trainable in the batch itself
         late = []
     else:
-        late = [n for n, p in loop.trainable.items() if not hasattr(p, "_forward_counter")]
+        late = [n for n, p in loop.trainable.items() if not internals.counts_uses(p)]
     if late:
         record.find(
             "privacy",
             "parameters were unfrozen after the model was wrapped: their gradients are trained on and "
             "do not count in the norm that rows are clipped by",
-            "set requires_grad before make_private, and wrap anew after a change",
+            "set requires_grad before make_private, and wrap the model again after a change",
             parameters=late,
             mode=loop.mode,
         )
-    queue = list(getattr(loop.optimizer, "_step_skip_queue", []))
-    if queue or getattr(loop.optimizer, "_is_last_step_skipped", False):
+    queue = internals.announced(loop.optimizer)
+    if queue or internals.skipped_last(loop.optimizer):
         record.find(
             "privacy",
             "a BatchMemoryManager was left early: the optimizer still skips steps for physical batches "
@@ -172,12 +189,12 @@ def _freshness(loop: Loop, record: Record) -> None:
 def _own_noise(loop: Loop) -> Iterator[None]:
     """Sums and noise of the audit's own in dpzoo's engine: the run's go on as if nothing had been."""
     optimizer = loop.optimizer
-    names = ("release", "draws", "sums", "_trained", "_clipped_at", "max_grad_norm", "_halves")
+    names = ("release", "draws", "sums", "_trained", "_clipped_at", "max_grad_norm", "rule")
     kept = {n: vars(optimizer)[n] for n in names if n in vars(optimizer)}
     if "release" in kept:
         optimizer.release = Release(NoiseSource())
     if "sums" in kept:
-        optimizer.sums = {}
+        optimizer.sums, optimizer.rule = {}, copy.copy(kept["rule"])
     try:
         yield
     finally:
@@ -190,18 +207,12 @@ def _own_noise(loop: Loop) -> Iterator[None]:
 def _restored(loop: Loop) -> Iterator[None]:
     """Gradients, Opacus' attributes, the optimizer's settings and generator put back."""
     optimizer = loop.optimizer
-    names = ("grad", "grad_sample", "summed_grad", "_norm_sample", "_current_grad_sample")
+    names = ("grad", *internals.LEFT_ON_PARAMETERS)
     parameters = list(optimizer.params)
     kept = [{n: getattr(p, n) for n in names if hasattr(p, n)} for p in parameters]
     settings = {
         n: copy.copy(vars(optimizer)[n])
-        for n in (
-            "noise_multiplier",
-            "_step_skip_queue",
-            "_is_last_step_skipped",
-            "step_hook",
-            "draws",
-        )
+        for n in ("noise_multiplier", *internals.STEP_STATE, "step_hook", "draws")
         if n in vars(optimizer)
     }
     generator = getattr(optimizer, "generator", None)
@@ -232,16 +243,15 @@ def _pre_step(loop: Loop, signal: float) -> Gradients:
     """What a step would subtract (at lr 1) for one row whose gradient is ``signal`` everywhere."""
     optimizer = loop.optimizer
     optimizer.step_hook = None
-    vars(optimizer)["_step_skip_queue"] = []
+    internals.forget_skips(optimizer)
     for p in optimizer.params:
         p.summed_grad = None
-        if loop.mode == "ghost":
-            # What the two passes leave: the row's gradient, clipped.
-            p.grad = torch.full_like(p, signal * _share_of(optimizer, signal))
-        elif loop.mode == "bk":
+        if loop.mode == "bk":
             optimizer.sums[p] = torch.full_like(p, signal * _share_of(optimizer, signal))
-        else:
-            p.grad_sample = torch.full_like(p, signal).detach()[None]
+            continue
+        ghost = loop.mode == "ghost"  # its two passes leave the row's gradient clipped
+        left = signal * _share_of(optimizer, signal) if ghost else signal
+        internals.leave_rows(p, ghost, torch.full_like(p, left).detach()[None])
     clip = optimizer.max_grad_norm
     if loop.mode == "bk":
         optimizer._trained = frozenset(id(p) for p in optimizer.params)

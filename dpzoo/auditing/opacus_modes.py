@@ -11,12 +11,10 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import nn
 
+from dpzoo import opacus_internals as internals
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.row_losses import RowLoss
-
-MODES = ("hooks", "functorch", "ew", "ghost", "bk")
-"""Opacus' own, and that of `dpzoo.PrivacyEngine` (`dpzoo.auditing.book_keeping`)."""
 
 PER_ROW_LOSS_ONLY = {
     "ghost": "ghost: the loss is a scalar, and ghost's second pass weights the loss of every row",
@@ -45,6 +43,11 @@ class ModeRun:
     rows: Gradients = field(default_factory=dict)
     norms: Gradients = field(default_factory=dict)
     error: str = ""
+
+    @property
+    def values(self) -> Gradients:
+        """One value of each row and parameter: gradients, or norms in a mode that has no others."""
+        return self.rows or self.norms
 
 
 class _FirstByPosition:
@@ -118,8 +121,9 @@ class OpacusMode:
             made = ModeRun()
             for name, p in self.parameters.items():
                 if self.mode == "ghost":
-                    if getattr(p, "_norm_sample", None) is not None:
-                        made.norms[name] = p._norm_sample.detach().reshape(-1)
+                    norms = internals.norms_of(p)
+                    if norms is not None:
+                        made.norms[name] = norms.detach().reshape(-1)
                 elif isinstance(p.grad_sample, torch.Tensor):
                     made.rows[name] = p.grad_sample.detach()
             self.clear()
@@ -131,11 +135,7 @@ class OpacusMode:
     def clear(self) -> None:
         """Remove what an earlier batch left on the parameters."""
         for p in self.parameters.values():
-            p.grad = None
-            p.grad_sample = None
-            p.summed_grad = None
-            if hasattr(p, "_norm_sample"):
-                del p._norm_sample
+            internals.forget_rows(p)
 
     def backward(self, batch: Batch, weights: torch.Tensor | None = None) -> None:
         """Forward and one backward pass of the mean over rows, hooks on."""

@@ -4,29 +4,20 @@ import io
 import shutil
 import textwrap
 
-from dpzoo.auditing.report import AuditReport, CheckResult, Finding
+from dpzoo.auditing.findings import CheckResult, Finding
 
 MOST_NAMES = 6
 """How many parameters or modules a finding lists before it counts the rest."""
 
 
-def render(report: AuditReport) -> str:
+def render(
+    head: str, remarks: list[str], results: list[CheckResult], findings: list[Finding]
+) -> str:
     """The report as text: a line for each check, then every finding with its remedy."""
     try:
-        return _rich(report)
+        return _rich(head, remarks, results, findings)
     except ImportError:
-        return _plain(report)
-
-
-def _head(report: AuditReport) -> str:
-    verdict = "ok" if report.ok else "FAILED"
-    parts = [f"audit of {report.model}: {verdict}"]
-    if report.rows:
-        parts.append(f"{report.rows} rows")
-    if report.modes:
-        parts.append(f"modes {', '.join(report.modes)}")
-    parts += [report.dtype] if report.dtype else []
-    return ", ".join([*parts, f"{report.seconds:.1f} s"])
+        return _plain(head, remarks, results, findings)
 
 
 def summary(result: CheckResult) -> str:
@@ -38,6 +29,14 @@ def summary(result: CheckResult) -> str:
     if result.skipped:
         counts.append(f"{'partly ' if result.ran else ''}skipped: {result.skipped}")
     return "; ".join(counts)
+
+
+def largest(result: CheckResult) -> str:
+    """The largest errors that a check measured."""
+    return ", ".join(
+        f"{value:.4f} C" if unit == "C" else f"{value:.1e} {unit}"
+        for unit, value in result.largest.items()
+    )
 
 
 def details(finding: Finding) -> list[str]:
@@ -57,12 +56,16 @@ def details(finding: Finding) -> list[str]:
     return lines
 
 
-def _plain(report: AuditReport) -> str:
-    lines = [_head(report), *(f"  ({remark})" for remark in report.remarks), ""]
-    width = max((len(result.name) for result in report.results), default=0)
-    for result in report.results:
-        lines.append(f"  {result.name:<{width}}  {result.status:<7}  {summary(result)}".rstrip())
-    for number, finding in enumerate(report.findings, 1):
+def _plain(
+    head: str, remarks: list[str], results: list[CheckResult], findings: list[Finding]
+) -> str:
+    lines = [head, *(f"  ({remark})" for remark in remarks), ""]
+    width = max((len(result.name) for result in results), default=0)
+    wide = max((len(largest(result)) for result in results), default=0)
+    for result in results:
+        cells = f"  {result.name:<{width}}  {result.status:<7}  {largest(result):<{wide}}"
+        lines.append(f"{cells}  {summary(result)}".rstrip())
+    for number, finding in enumerate(findings, 1):
         first, *rest = details(finding)
         lines += ["", *textwrap.wrap(f"{number}. {first}", 100, subsequent_indent="   ")]
         for line in rest:
@@ -70,28 +73,31 @@ def _plain(report: AuditReport) -> str:
     return "\n".join(lines)
 
 
-def _rich(report: AuditReport) -> str:
+def _rich(
+    head: str, remarks: list[str], results: list[CheckResult], findings: list[Finding]
+) -> str:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     width = max(80, min(140, shutil.get_terminal_size((110, 24)).columns))
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
-    console.print(Text(_head(report)))
-    for remark in report.remarks:
+    console.print(Text(head))
+    for remark in remarks:
         console.print(Text(f"({remark})"))
     table = Table()
-    for title in ("check", "result", "seconds", "what"):
+    for title in ("check", "result", "seconds", "largest error", "what"):
         table.add_column(title, justify="right" if title == "seconds" else "left")
-    for result in report.results:
-        row = (result.name, result.status, f"{result.seconds:.1f}", summary(result))
+    for result in results:
+        seconds = f"{result.seconds:.1f}"
+        row = (result.name, result.status, seconds, largest(result), summary(result))
         table.add_row(*map(Text, row))
     console.print(table)
-    if report.findings:
+    if findings:
         found = Table(show_lines=True)
         for title in ("check", "severity", "finding"):
             found.add_column(title)
-        for finding in report.findings:
+        for finding in findings:
             _, *rest = details(finding)
             mode = f"\n[{finding.mode}]" if finding.mode else ""
             text = "\n".join([finding.message, *rest])

@@ -1,20 +1,14 @@
-"""What an audit says: findings, one result for each check, and the report that holds them."""
+"""What an audit says: one result for each check, and the report that holds them."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from dpzoo.auditing.findings import FAILURES, SEVERITIES, CheckResult, Finding, ShapeRow
+from dpzoo.auditing.rendering import render
 from dpzoo.errors import DpzooError
-
-Severity = Literal["privacy", "crash", "utility", "note"]
-
-SEVERITIES: tuple[Severity, ...] = ("privacy", "crash", "utility", "note")
-"""Gravest first.
-
-privacy: the guarantee does not hold, though nothing raises. crash: training stops. utility: private,
-but not the training that was meant. note: worth knowing, and no reason to stop.
-"""
 
 
 class AuditFailedError(DpzooError):
@@ -23,88 +17,6 @@ class AuditFailedError(DpzooError):
     def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a check found.
-
-    Args:
-        check: the check's name.
-        severity: one of `SEVERITIES`.
-        message: what is wrong, in a sentence.
-        remedy: what to do about it, in a line.
-        parameters: full names of the parameters concerned, worst first.
-        modules: paths of the modules concerned.
-        mode: grad_sample_mode in which it shows; None where it does not depend on one.
-        expected: the shape or number that was wanted.
-        got: the shape or number that was found.
-    """
-
-    check: str
-    severity: Severity
-    message: str
-    remedy: str = ""
-    parameters: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    mode: str | None = None
-    expected: str | None = None
-    got: str | None = None
-
-    def __str__(self) -> str:
-        where = f" [{self.mode}]" if self.mode else ""
-        return f"{self.check}{where}, {self.severity}: {self.message}"
-
-
-@dataclass
-class CheckResult:
-    """One check's outcome.
-
-    Args:
-        name: the check's name.
-        catches: the bugs that it is there for.
-        findings: what it found.
-        skipped: why it could not run, or could not in some mode; empty where it ran in full.
-        ran: whether any part of it ran.
-        seconds: its wall-clock time.
-    """
-
-    name: str
-    catches: str
-    findings: list[Finding] = field(default_factory=list)
-    skipped: str = ""
-    ran: bool = True
-    seconds: float = 0.0
-
-    @property
-    def status(self) -> str:
-        """``failed``, ``passed`` (perhaps with notes) or ``skipped``."""
-        if any(finding.severity != "note" for finding in self.findings):
-            return "failed"
-        return "passed" if self.ran else "skipped"
-
-
-@dataclass(frozen=True)
-class ShapeRow:
-    """One call of a module that holds parameters, as a line of `AuditReport.shapes`.
-
-    Args:
-        module: the module's path.
-        kind: its class.
-        activation: the shapes of its inputs.
-        backprop: the shape of the gradient of its output; None if none came back.
-        grad_sample: parameter name -> shape of the per-sample gradient (hooks mode where audited).
-    """
-
-    module: str
-    kind: str
-    activation: tuple[tuple[int, ...], ...]
-    backprop: tuple[int, ...] | None
-    grad_sample: dict[str, tuple[int, ...] | None]
-
-    def __str__(self) -> str:
-        samples = ", ".join(f"{name} {shape}" for name, shape in self.grad_sample.items())
-        return f"{self.module} ({self.kind}): {self.activation} <- {self.backprop}; {samples}"
 
 
 @dataclass
@@ -140,9 +52,18 @@ class AuditReport:
         return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
     @property
+    def failures(self) -> list[Finding]:
+        """The findings that fail the audit, gravest first: those of privacy, crash and utility."""
+        return [finding for finding in self.findings if finding.severity in FAILURES]
+
+    @property
     def ok(self) -> bool:
-        """Whether nothing graver than a note was found."""
-        return all(finding.severity == "note" for finding in self.findings)
+        """The verdict: some check ran, and none found anything graver than a note.
+
+        It is the only one: `raise_if_failed` raises, and ``dpzoo audit`` exits with 1, exactly where it is
+        False. Utility findings count: what is trained would not be what was meant.
+        """
+        return not self.failures and any(result.ran for result in self.results)
 
     def __iter__(self) -> Iterator[CheckResult]:
         return iter(self.results)
@@ -153,18 +74,22 @@ class AuditReport:
                 return result
         raise KeyError(f"{check!r}; checks that ran: {', '.join(r.name for r in self.results)}")
 
-    def raise_if_failed(self, *, severities: tuple[Severity, ...] = SEVERITIES[:3]) -> None:
-        """Raise if there is a finding of one of the severities.
+    def raise_if_failed(self) -> None:
+        """Raise where `ok` is False.
 
         Raises:
-            AuditFailedError: with the findings in its message and the report as ``report``.
+            AuditFailedError: with the failures in its message and the report as ``report``.
         """
-        failures = [f for f in self.findings if f.severity in severities]
-        if failures:
-            lines = "\n".join(f"- {finding} {finding.remedy}".rstrip() for finding in failures)
-            raise AuditFailedError(
-                f"The audit of {self.model} failed in {len(failures)} place(s):\n{lines}", self
-            )
+        if self.ok:
+            return
+        lines = "\n".join(f"- {finding} {finding.remedy}".rstrip() for finding in self.failures)
+        count = len(self.failures)
+        why = (
+            f"failed in {count} place(s):\n{lines}"
+            if count
+            else "proved nothing: no check could run"
+        )
+        raise AuditFailedError(f"The audit of {self.model} {why}", self)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: dicts, lists, strings and numbers."""
@@ -180,7 +105,13 @@ class AuditReport:
             "checks": checks,
             "shapes": [asdict(row) for row in self.shapes],
         }
-        plain: dict[str, Any] = json.loads(json.dumps(data))  # tuples become lists
+        # Tuples become lists; what is no number, which JSON does not have, becomes text.
+        for check in checks:
+            check["largest"] = {
+                unit: value if math.isfinite(value) else str(value)
+                for unit, value in check["largest"].items()
+            }
+        plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
         return plain
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -188,7 +119,9 @@ class AuditReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        # Rendering stands above the data and may need rich.
-        from dpzoo.auditing.rendering import render
-
-        return render(self)
+        head = [f"audit of {self.model}: {'ok' if self.ok else 'FAILED'}"]
+        head += [f"{self.rows} rows"] if self.rows else []
+        head += [f"modes {', '.join(self.modes)}"] if self.modes else []
+        head += [self.dtype] if self.dtype else []
+        head.append(f"{self.seconds:.1f} s")
+        return render(", ".join(head), self.remarks, self.results, self.findings)

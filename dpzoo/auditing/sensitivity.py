@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from dpzoo.auditing.subject import Subject
 SLACK = 1e-3
 SWEEP = (0.01, 0.3, 1.0, 1.5, 3.0, 10.0)
 """Clipping norms, in units of the largest row norm."""
+UNITS = 4
 
 
 @dataclass
@@ -33,7 +35,8 @@ def sensitivity(subject: Subject, record: Record) -> None:
     """Adding or removing a row changes the clipped sum by at most the clipping norm C.
 
     Swept over C from far below to far above the rows' norms, for the batch as it is, with one row
-    scaled by 1e3, one long row among short ones, and one row whose labels are all ignored.
+    scaled by 1e3, one long row among short ones, and one row whose labels are all ignored. With the ids
+    of units, of whole units in mode bk.
 
     Catches: token-mean losses (hidden at small C), units that are not the row, norms that miss a
     part of the gradient (ghost mode with a functional tie), balance losses.
@@ -59,7 +62,10 @@ def sensitivity(subject: Subject, record: Record) -> None:
                 record.skip(f"{mode}, {title}: raises or is not finite")
                 continue
             worst[mode] = max(worst[mode], _worst(more, less, title, subject.max_grad_norm))
+    if subject.units is not None and "bk" in modes:
+        worst["bk"] = max([worst["bk"], *_without_a_unit(subject, record)])
     for mode, (ratio, title, clip) in worst.items():
+        record.measure(ratio, "C")
         if ratio > 1 + SLACK:
             record.find(
                 "privacy",
@@ -100,6 +106,32 @@ def _neighbours(subject: Subject) -> Iterator[tuple[str, Batch, int, torch.Tenso
         copies = batch.take([long, *[short] * (rows - 1)])
         yield "one long row among short ones", copies.ignoring(range(1, rows), keep=1), 0, None
         yield "one row without labels", batch.ignoring([0]), 0, None
+
+
+def _without_a_unit(subject: Subject, record: Record) -> Iterator[tuple[float, str, float]]:
+    """`_worst` of a batch of some units, as it is and with one unit's losses scaled by 1e3."""
+    assert subject.units is not None
+    mode: Any = subject.opacus("bk")
+    batch, ids = subject.units
+    tried = list(dict.fromkeys(ids))[:UNITS]
+    rows = [row for row, own in enumerate(ids) if own in tried]
+    batch, ids = batch.to(subject.dtype).take(rows), [ids[row] for row in rows]
+    rest = [row for row, own in enumerate(ids) if own != ids[0]]
+    for title, scale in (("one unit less", 1.0), ("one unit less, of losses scaled by 1e3", 1e3)):
+        weights = torch.tensor(
+            [scale if own == ids[0] else 1.0 for own in ids], dtype=subject.dtype
+        )
+        sides = []
+        for part in (list(range(len(ids))), rest):
+            own = [ids[row] for row in part]
+            run = mode.run(batch.take(part), weights[part], own)
+            norms = torch.stack(list(run.norms.values())).norm(dim=0) if run.norms else None
+            if run.error or norms is None or not bool(norms.isfinite().all()):
+                record.skip(f"bk, {title}: raises or is not finite ({run.error})")
+                break
+            sides.append(Side(_with_zeros(subject, run.rows), norms))
+        else:
+            yield _worst(sides[0], sides[1], title, subject.max_grad_norm)
 
 
 def _sides(

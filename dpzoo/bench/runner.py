@@ -9,12 +9,12 @@ from importlib.metadata import version
 
 import torch
 
-import dpzoo
 from dpzoo.bench import memory as memory_of
 from dpzoo.bench.report import BenchReport, Measurement, check_settings
 from dpzoo.bench.timing import Progress, ratio_to, time_modes
 from dpzoo.bench.workload import BASELINE, MODES, SETTINGS, Step, Workload
-from dpzoo.errors import DpzooError, InputError
+from dpzoo.errors import InputError
+from dpzoo.versions import __version__
 
 
 def bench(
@@ -99,7 +99,7 @@ def _trial(workload: Workload, mode: str, say: Progress) -> str | None:
     say(f"{mode}: trying")
     try:
         Step(workload.with_shape(2, min(workload.seq, 8)), mode)("step")
-    except (DpzooError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
 
@@ -129,7 +129,7 @@ def _measurement(
 
 def _versions(workloads: Sequence[Workload]) -> dict[str, str]:
     versions = {name: version(name) for name in ("torch", "transformers", "opacus")}
-    versions |= {"dpzoo": dpzoo.__version__, "python": platform.python_version()}
+    versions |= {"dpzoo": __version__, "python": platform.python_version()}
     devices = {workload.device for workload in workloads}
     if devices == {"cpu"}:
         versions["device"] = f"CPU, {torch.get_num_threads()} threads"

@@ -10,16 +10,18 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
+from dpzoo.checkpoints import load
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.example_batch import example_batch
 from dpzoo.losses import ModelLoss
-from dpzoo.pretrained import from_config, from_pretrained
+from dpzoo.modes import MODES as PRIVATE_MODES
+from dpzoo.pretrained import from_config
 from dpzoo.registry import CLASSES, class_by_name
 
 BASELINE = "non-private"
-MODES = (BASELINE, "stock", "hooks", "functorch", "ew", "ghost", "bk")
+MODES = (BASELINE, "stock", *PRIVATE_MODES)
 """``non-private`` is dpzoo's class without privacy, ``stock`` transformers' class without privacy."""
 
 SETTINGS = ("gradient", "step", "amortized")
@@ -90,7 +92,9 @@ class Workload:
                     f"layers={self.layers} goes with a preset, got the checkpoint {self.model!r}. "
                     f"Leave it out, or use one of {', '.join(PRESETS)}."
                 )
-            model = from_pretrained(self.model, task=self.task)
+            model = load(
+                self.model, self.task, fresh=True
+            )  # a step takes as long with random weights
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -174,7 +178,7 @@ class Step:
             self._make_private(model, optimizer)
 
     def _make_private(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        by_criterion = self.mode in ("ghost", "bk")
+        by_criterion = PRIVATE_MODES[self.mode].criterion
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"

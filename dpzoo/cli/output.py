@@ -5,6 +5,8 @@ terminal; anything else is plain aligned text, which is what scripts and logs wa
 """
 
 import importlib.util
+import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,19 @@ def rich_on(stream: TextIO) -> bool:
 def fits(columns: int) -> bool:
     """Whether a table of this width is readable on standard output; a file takes any."""
     return not sys.stdout.isatty() or shutil.get_terminal_size().columns >= columns
+
+
+def print_json(data: Any) -> None:
+    """Print JSON to standard output, with null for numbers that it does not have (NaN, infinity)."""
+    sys.stdout.write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def print_table(
@@ -73,11 +88,18 @@ def _rich_table(
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in header:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for place, name in enumerate(header):
+        # What is copied out of a table is in its first column: never in two lines.
+        whole = {"no_wrap": True, "min_width": max(map(len, (name, *(row[0] for row in rows))))}
+        table.add_column(
+            name,
+            justify="right" if name in numbers else "left",
+            overflow="fold",
+            **({} if place else whole),  # type: ignore[arg-type]
+        )
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout, highlight=False, markup=False).print(table)
+    Console(file=sys.stdout, highlight=False, markup=False).print(table, crop=False)
 
 
 @contextmanager

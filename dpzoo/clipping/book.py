@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dpzoo.clipping import layouts
+from dpzoo.clipping.graph import walk
+from dpzoo.clipping.units import Units
 from dpzoo.factors import (
     DenseGrads,
     EmbeddingFactors,
@@ -15,7 +17,6 @@ from dpzoo.factors import (
     LayerInput,
     LinearFactors,
     inner_product,
-    linear_factors,
     total_squared_norm,
     upcast,
 )
@@ -31,9 +32,13 @@ class Region(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor that is as the parameter is."""
+        return x.as_strided(self.sizes, self.strides, x.storage_offset() + self.offset)
+
 
 class Uses:
-    """The uses of one region of a parameter."""
+    """The uses of one region of a parameter by the units of one group; its rows here are units."""
 
     def __init__(self) -> None:
         self.factors: list[GradFactors] = []
@@ -73,12 +78,22 @@ class Book:
     Args:
         rows: rows of the batch.
         parameters: those that are trained.
+        units: which rows are clipped as one; by default, each by itself.
+
+    What is entered is of rows; norms, and the weights of a sum, are of units.
     """
 
-    def __init__(self, rows: int, parameters: list[torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        parameters: list[torch.Tensor] | None = None,
+        units: Units | None = None,
+    ) -> None:
         self.rows = rows
+        self.units = Units(range(rows)) if units is None else units
         self._parameters = {id(p): p for p in parameters or []}
-        self._uses: dict[torch.Tensor, dict[Region | None, Uses]] = {}
+        self._uses: dict[torch.Tensor, dict[Region | None, list[Uses]]] = {}
+        self._split: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._input: tuple[Any, LayerInput] | None = None
 
@@ -140,9 +155,9 @@ class Book:
             self._derive(z, dense.reshape(self.rows, *z.shape))
             return
         if turned:
-            use = linear_factors(shared.positions, LayerInput(grads))
+            use = LinearFactors(shared.positions, LayerInput(grads))
         else:
-            use = linear_factors(grads, shared)
+            use = LinearFactors(grads, shared)
         self.add(parameter, use, region)
 
     def add_embedding(
@@ -174,7 +189,11 @@ class Book:
 
     def add(self, parameter: torch.Tensor, use: GradFactors, region: Region | None = None) -> None:
         """Enter a use of a parameter, or of a region of it, and bring its norms up to date."""
-        self._uses.setdefault(parameter, {}).setdefault(region, Uses()).add(use)
+        regions = self._uses.setdefault(parameter, {})
+        if region not in regions:
+            regions[region] = [Uses() for _ in self.units.groups]
+        for group, uses in zip(self.units.groups, regions[region], strict=True):
+            uses.add(use.joined(group))
 
     def input_of(self, x: torch.Tensor, layout: Any = layouts.FIRST) -> LayerInput:
         """A linear layer's input, shared with the layer before in the backward pass if it is its too."""
@@ -231,24 +250,13 @@ class Book:
                         self.add_dense(leaf, grad, "hand_on")
 
     def _leaves(self, z: torch.Tensor) -> list[torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
-        seen: set[Any] = set()
-        ahead: list[Any] = [z.grad_fn]
-        while ahead:
-            node = ahead.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in self._parameters:
-                found[id(leaf)] = self._parameters[id(leaf)]
-            ahead.extend(following for following, _ in node.next_functions)
-        return list(found.values())
+        ids = (id(getattr(node, "variable", None)) for node in walk(z.grad_fn))
+        return [self._parameters[key] for key in dict.fromkeys(ids) if key in self._parameters]
 
     # --- norms and sums -------------------------------------------------------------------------
 
     def squared_norms(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Parameter -> squared norms of its rows' gradients, (rows,), as far as any were reached.
+        """Parameter -> squared norms of its units' gradients, (units,), as far as any were reached.
 
         Guarantees:
             Upper bounds that hold under rounding, of what `close` adds up.
@@ -257,41 +265,35 @@ class Book:
         self.hand_on()
         for parameter, regions in self._uses.items():
             if len(regions) > 1 and _overlap(parameter, list(regions)):
-                self._uses[parameter] = {None: self._whole(parameter, regions)}
+                columns = zip(*regions.values(), strict=True)
+                self._uses[parameter] = {
+                    None: [_whole(parameter, dict(zip(regions, c, strict=True))) for c in columns]
+                }
         by_kind: dict[Any, list[Uses]] = {}
         for regions in self._uses.values():
-            for uses in regions.values():
-                assert uses.squared is not None
-                by_kind.setdefault((uses.squared.device, uses.squared.dtype), []).append(uses)
+            for groups in regions.values():
+                for k, uses in enumerate(groups):
+                    assert uses.squared is not None
+                    kind = k, uses.squared.device, uses.squared.dtype
+                    by_kind.setdefault(kind, []).append(uses)
         bounds: dict[int, torch.Tensor] = {}
         for group in by_kind.values():
             bounds.update(zip(map(id, group), _upper_bounds(group).unbind(), strict=True))
-        return {
-            parameter: bounds[id(next(iter(regions.values())))]
-            if len(regions) == 1
-            else torch.stack([bounds[id(uses)] for uses in regions.values()]).sum(0)
-            for parameter, regions in self._uses.items()
-        }
+        norms: dict[torch.Tensor, torch.Tensor] = {}
+        for parameter, regions in self._uses.items():
+            each = [self.units.merged([bounds[id(u)] for u in g]) for g in regions.values()]
+            norms[parameter] = each[0] if len(each) == 1 else torch.stack(each).sum(0)
+        return norms
 
-    def _whole(self, parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
-        """Uses of regions that overlap, as gradients of the whole parameter."""
-        total = torch.zeros(
-            self.rows, *parameter.shape, dtype=_dtype(regions), device=parameter.device
-        )
-        for region, uses in regions.items():
-            for use in uses.factors:
-                for row, grad in zip(total, use.dense(), strict=True):
-                    place = (
-                        row
-                        if region is None
-                        else row.as_strided(
-                            region.sizes, region.strides, row.storage_offset() + region.offset
-                        )
-                    )
-                    place += grad.reshape(place.shape)
-        whole = Uses()
-        whole.add(DenseGrads(total))
-        return whole
+    def weighted_uses(
+        self, parameter: torch.Tensor, weights: torch.Tensor
+    ) -> list[tuple[GradFactors, torch.Tensor]]:
+        """A parameter's uses, each with the weights of its units; none where they are of parts of it."""
+        regions = self._uses[parameter]
+        if list(regions) != [None]:
+            return []
+        groups = zip(regions[None], self.units.split(weights), strict=True)
+        return [(use, own) for uses, own in groups for use in uses.factors]
 
     def close(
         self,
@@ -302,35 +304,37 @@ class Book:
         *,
         forget: bool = True,
     ) -> torch.Tensor:
-        """A weighted sum of a parameter's rows, on top of ``total``; the rows are then forgotten.
+        """A weighted sum of a parameter's units, on top of ``total``; they are then forgotten.
 
         Args:
             parameter: a parameter that the backward pass reached.
-            weights: clip factors, (rows,).
-            kept: True for the rows that take part, (rows,); None for all. What the others hold
+            weights: clip factors, (units,).
+            kept: True for the units that take part, (units,); None for all. What the others hold
                 (not-a-numbers, say) is not looked at.
             total: the sum so far, changed in place; None for none.
-            forget: False keeps the rows for another sum.
+            forget: False keeps the units for another sum.
         """
         regions = self._uses.pop(parameter) if forget else self._uses[parameter]
-        if kept is not None:
-            weights = weights[kept]
-        for region, uses in regions.items():
+        if self._split is None or self._split[0] is not weights:  # parameters share what is scaled
+            self._split = weights, self.units.split(weights)
+        here = [None] * len(self._split[1]) if kept is None else self.units.split(kept)
+        for region, groups in regions.items():
             if region is not None and total is None:
-                total = torch.zeros(parameter.shape, dtype=_dtype(regions), device=parameter.device)
-            factors = uses.factors if not forget else uses.factors[::-1]
-            for k in range(len(factors)):
-                use = factors.pop() if forget else factors[k]
-                use = use if kept is None else use.select(kept)
-                scale = weights.to(use.grads.dtype)
-                if region is None:
-                    total = _added(total, use, scale, parameter.shape)
-                else:
-                    assert total is not None
-                    view = total.as_strided(
-                        region.sizes, region.strides, total.storage_offset() + region.offset
-                    )
-                    view += use.add_to(None, scale).reshape(view.shape)
+                dtype = groups[0].factors[0].grads.dtype
+                total = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            for uses, own, taken in zip(groups, self._split[1], here, strict=True):
+                own = own if taken is None else own[taken]
+                factors = uses.factors if not forget else uses.factors[::-1]
+                for k in range(len(factors)):
+                    use = factors.pop() if forget else factors[k]
+                    use = use if taken is None else use.select(taken)
+                    scale = own.to(use.grads.dtype)
+                    if region is None:
+                        total = _added(total, use, scale, parameter.shape)
+                    else:
+                        assert total is not None
+                        view = region.of(total)
+                        view += use.add_to(None, scale).reshape(view.shape)
         assert total is not None  # a parameter that was reached has a use
         return total
 
@@ -359,11 +363,11 @@ def _added(
 ) -> torch.Tensor:
     if total is None:
         return use.add_to(None, weights).reshape(shape)
-    use.add_to(total.view(_shape(use)), weights)
+    use.add_to(total.view(shape_of(use)), weights)
     return total
 
 
-def _shape(use: GradFactors) -> tuple[int, ...]:
+def shape_of(use: GradFactors) -> tuple[int, ...]:
     """The shape of a row's gradient."""
     if isinstance(use, LinearFactors):
         return use.grads.shape[-1], use.inputs.shape[-1]
@@ -374,18 +378,28 @@ def _shape(use: GradFactors) -> tuple[int, ...]:
 
 def _alike(a: GradFactors, b: GradFactors) -> tuple[GradFactors, GradFactors]:
     """Two uses in one shape, so that they have an inner product."""
-    if _shape(a) == _shape(b):
+    if shape_of(a) == shape_of(b):
         return a, b
     if not isinstance(a, DenseGrads) and not isinstance(b, DenseGrads):
         a = DenseGrads(a.dense())
     if isinstance(a, DenseGrads):
-        return DenseGrads(a.grads.reshape(-1, *_shape(b))), b
+        return DenseGrads(a.grads.reshape(-1, *shape_of(b))), b
     assert isinstance(b, DenseGrads)
-    return a, DenseGrads(b.grads.reshape(-1, *_shape(a)))
+    return a, DenseGrads(b.grads.reshape(-1, *shape_of(a)))
 
 
-def _dtype(regions: dict[Region | None, Uses]) -> torch.dtype:
-    return next(iter(regions.values())).factors[0].grads.dtype
+def _whole(parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
+    """Uses of regions that overlap, as gradients of the whole parameter."""
+    first = next(iter(regions.values())).factors[0].grads
+    total = first.new_zeros(len(first), *parameter.shape)
+    for region, uses in regions.items():
+        for use in uses.factors:
+            for row, grad in zip(total, use.dense(), strict=True):
+                place = row if region is None else region.of(row)
+                place += grad.reshape(place.shape)
+    whole = Uses()
+    whole.add(DenseGrads(total))
+    return whole
 
 
 def _falling(z: torch.Tensor) -> list[int]:

@@ -8,20 +8,39 @@ is passed over, an empty one too: skipping what is empty makes a step's noise de
 
 Parts of one draw add up: several backward passes before the step, or `BatchMemoryManager`. Leaving the
 loader early drops what was begun.
+
+Where units are drawn (`dpzoo.clipping.units`), the draw also says whose each row is: its rows come unit by
+unit. A part takes units whole.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Sampler
 
+from dpzoo.clipping.units import UnitRows, Units, checked_ids
 from dpzoo.errors import InputError
 
 ONE_STEP = "One step takes the rows of one draw, each once"
+SAMPLED = 1024  # elements of a long row that stand for it
+
+
+class Draw(NamedTuple):
+    """One draw.
+
+    Args:
+        rows: how many.
+        units: unit -> rows of it, in the order in which they come; None: each row is one.
+    """
+
+    rows: int
+    units: dict[int, int] | None = None
 
 
 class Draws:
@@ -30,13 +49,24 @@ class Draws:
     Args:
         strict: whether steps are held to the draws; False where the caller answers for them.
         drop: called when what was begun is over: forget its sums.
+        dataset: the units that are drawn; None: rows are.
     """
 
-    def __init__(self, strict: bool, drop: Callable[[], None] = lambda: None) -> None:
-        self.strict, self._drop = strict, drop
-        self._drawn: deque[int] = deque()
+    def __init__(
+        self,
+        strict: bool,
+        drop: Callable[[], None] = lambda: None,
+        dataset: UnitRows | None = None,
+    ) -> None:
+        self.strict, self._drop, self.dataset = strict, drop, dataset
+        self._drawn: deque[Draw] = deque()
         self._taken = 0
-        self._parts: list[torch.Tensor] = []
+        self._left: dict[int, int] | None = None  # of the draw's units; None: all of them
+        self._named = False  # the coming rows' units, by ids
+        self._seen: set[Any] = set()  # ids of the step's units, where the caller answers for them
+        self._parts: list[torch.Tensor] = []  # by which rows are seen that share memory
+        self._came: dict[int, Counter[int]] = {}  # input: its rows so far, by which copies are seen
+        self._columns: list[torch.Tensor] = []  # of the batch that was handed out last
         self._handed: int | None = None
         self._stepped = False  # in this pass
 
@@ -45,7 +75,7 @@ class Draws:
         self._drawn.clear()
         self.abandon()
         self._drop()
-        self._handed, self._stepped = None, False
+        self._handed, self._stepped, self._columns = None, False, []
 
     def end(self) -> None:
         """The pass over the loader is complete.
@@ -62,28 +92,93 @@ class Draws:
 
     def abandon(self) -> None:
         """What was taken of the draw does not count, and may be taken again."""
-        self._taken = 0
+        self._taken, self._left = 0, None
+        self._seen.clear()
         self._parts.clear()
+        self._came.clear()
 
     def _refuse(self, message: str) -> InputError:
         self.abandon()
         self._drop()
         return InputError(f"{message} What was added up is dropped.")
 
-    def begin(self, rows: int) -> None:
-        """A draw of so many rows was made; it is stepped after those before it."""
-        self._drawn.append(rows)
+    def begin(self, rows: int, units: dict[int, int] | None = None) -> None:
+        """A draw was made, of arguments as `Draw`; it is stepped after those before it."""
+        self._drawn.append(Draw(rows, units))
 
-    def hand_out(self) -> None:
+    def hand_out(self, batch: Any) -> None:
         """The loop got the next draw's batch."""
         self._handed = (self._handed or 0) + 1
+        leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+        self._columns = [
+            x for x in leaves if isinstance(x, torch.Tensor) and x.ndim and not x.is_nested
+        ]
 
-    def take(self, rows: int, part: torch.Tensor | None = None) -> None:
+    def units(self, rows: int, ids: Any = None) -> Units:
+        """The units of the rows that a backward pass brings; to be followed by `take` or `abandon`.
+
+        Args:
+            rows: how many, those of the loss.
+            ids: the ids that came with the batch, (rows,); None: rows come in the order of the draw.
+
+        Raises:
+            InputError: a unit of the draw is there in part; ids without a data set of units, or of units
+                that the draw does not have.
+        """
+        names = None if ids is None else checked_ids(ids, rows)
+        self._named = names is not None
+        if not self.strict:
+            again = self._seen.intersection(names or ())
+            if again:
+                raise self._refuse(
+                    f"Rows of {again.pop()!r} came in two parts of one step, wanted all rows of a unit in "
+                    f"one backward pass: they are clipped as one."
+                )
+            self._seen.update(names or ())
+            return Units(range(rows) if names is None else names)
+        if self.dataset is None and names is not None:
+            raise InputError(
+                "backward() got unit_ids, and make_private got none, so that rows are drawn, not units. "
+                "Give make_private(unit_ids=...) the ids of all rows of the data set."
+            )
+        drawn = self._drawn[0].units if self._drawn else None
+        if drawn is None or (self._handed or 0) > 1:  # `take` refuses the second
+            return Units(range(rows))
+        left = dict(drawn) if self._left is None else self._left
+        if names is None:
+            ends = [0, *accumulate(left.values())]
+            if rows > ends[-1]:
+                return Units(range(rows))  # `take` refuses them
+            labels = [unit for unit, size in left.items() for _ in range(size)][:rows]
+            cut = "" if rows in ends else f"of unit {labels[-1]} some of {left[labels[-1]]} rows"
+        else:
+            assert self.dataset is not None
+            labels = [self.dataset.numbers.get(name, -1) for name in names]
+            wrong = [
+                f"{names.count(name)} rows of {name!r}, which has {left.get(unit, 0)} left"
+                for name, unit in dict(zip(names, labels, strict=True)).items()
+                if names.count(name) != left.get(unit, 0)
+            ]
+            cut = "; ".join(wrong[:3])
+        if cut:
+            raise self._refuse(
+                f"A backward pass brought {rows} rows of the draw, and they cut a unit: {cut}. A unit is "
+                f"clipped as one, so all its drawn rows go into one backward pass, in the order in which "
+                f"the loader has them. Use BatchMemoryManager, which cuts between the units of "
+                f"this loader; set max_rows_per_unit; or, if the collator changes the order of rows, have "
+                f"it collate their ids and call backward(unit_ids=...)."
+            )
+        self._left = {unit: size for unit, size in left.items() if unit not in set(labels)}
+        return Units(labels)
+
+    def take(self, rows: int, inputs: Sequence[torch.Tensor] = ()) -> None:
         """Rows of the draw come with a backward pass.
 
         Args:
             rows: how many, those of the loss.
-            part: the batch's first tensor, (rows, ...), by which rows that come twice are seen.
+            inputs: the model's inputs, (rows, ...) each, by which rows that come twice are seen: in the
+                first one by its memory, in all by their values (copies, and parts on another device),
+                where the batch that the loader handed out has such rows.
 
         Raises:
             InputError: they are more than the draw has left, or came before; or there is no draw.
@@ -102,14 +197,20 @@ class Draws:
                 f"{self._handed - 1} of the private loader's batches were passed over without a step, "
                 f"wanted a step for each, empty batches too: their noise must not depend on who was drawn."
             )
-        if part is not None and any(_overlap(part, other) for other in self._parts):
+        if self._came_before(inputs):
             raise self._refuse(
                 f"Rows of the draw came twice: a backward pass on rows that had one already. {ONE_STEP}: "
                 f"call backward() once for each part of a batch, and optimizer.step() before the next "
                 f"batch."
             )
-        if self._taken + rows > self._drawn[0]:
-            taken, drawn = self._taken, self._drawn[0]
+        if self._drawn[0].units and not self._named and self._moved(rows, inputs):
+            raise self._refuse(
+                "The rows of a backward pass are not in the order in which the loader has them, which says "
+                "whose each is. Wanted the batch as it came, or parts of it in its order; or the ids of "
+                "the rows' units, in theirs: backward(unit_ids=...)."
+            )
+        if self._taken + rows > self._drawn[0].rows:
+            taken, drawn = self._taken, self._drawn[0].rows
             raise self._refuse(
                 f"The losses of a step have {taken + rows} rows ({taken} before, {rows} now), and the draw "
                 f"has {drawn}. {ONE_STEP}: call optimizer.step() after each batch of the private loader; "
@@ -117,8 +218,40 @@ class Draws:
                 f"one for each row drawn)."
             )
         self._taken += rows
-        if part is not None:
-            self._parts.append(part.detach())
+        self._parts += [x.detach() for x in inputs[:1]]
+
+    def _alike(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What of the batch that was handed out may have the rows of an input; none for all of it."""
+        rows = self._drawn[0].rows
+        columns = [c for c in self._columns if len(c) == rows and c.dtype == x.dtype]
+        alike = [c for c in columns if c.shape[1:] == x.shape[1:]]
+        return [] if any(_same(x, c) for c in alike) else alike
+
+    def _moved(self, rows: int, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether inputs have the batch's rows, and not those that come next."""
+        here = slice(self._taken, self._taken + rows)
+        for x in inputs:
+            alike = self._alike(x)
+            own = _digests(x) if alike else []
+            known = [d for d in map(_digests, alike) if set(own) <= set(d)]
+            if known and all(d[here] != own for d in known):
+                return True
+        return False
+
+    def _came_before(self, inputs: Sequence[torch.Tensor]) -> bool:
+        if any(_overlap(x, other) for x in inputs[:1] for other in self._parts):
+            return True
+        for k, x in enumerate(inputs):
+            alike = self._alike(x)
+            if not alike:
+                continue
+            came = self._came.get(k, Counter()) + Counter(_digests(x))
+            # A tensor that the loop made or changed has other rows: nothing is known of it.
+            known = [c for c in map(Counter, map(_digests, alike)) if came.keys() <= c.keys()]
+            if known and not any(came <= c for c in known):
+                return True
+            self._came[k] = came
+        return False
 
     def finish(self) -> None:
         """The step is taken.
@@ -126,6 +259,7 @@ class Draws:
         Raises:
             InputError: rows of the draw are missing.
         """
+        self._seen.clear()
         if not self.strict:
             return
         if not self._drawn:
@@ -134,7 +268,7 @@ class Draws:
                 "sampling each step belongs to one batch of the loader that make_private returned. To "
                 "answer for the draws yourself, call make_private(poisson_sampling=False)."
             )
-        drawn, taken = self._drawn[0], self._taken
+        drawn, taken = self._drawn[0].rows, self._taken
         if taken != drawn:
             raise self._refuse(
                 f"A step came after {taken} rows, and the draw has {drawn}. {ONE_STEP}: every part of the "
@@ -143,8 +277,7 @@ class Draws:
             )
         self._drawn.popleft()
         self._stepped = True
-        self._taken = 0
-        self._parts.clear()
+        self.abandon()
         if self._handed is not None:
             self._handed -= 1
 
@@ -158,6 +291,20 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() < b.data_ptr() + _extent(b) and b.data_ptr() < a.data_ptr() + _extent(a)
 
 
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether one tensor is the other, or a view of all of it."""
+    return (x.shape, x.stride(), x.device) == (y.shape, y.stride(), y.device) and (
+        x.data_ptr() == y.data_ptr()
+    )
+
+
+def _digests(x: torch.Tensor) -> list[int]:
+    """A number for each row, equal for equal rows."""
+    flat = x.detach().reshape(len(x), -1)
+    flat = flat[:, :: max(1, flat.shape[1] // SAMPLED)].cpu().contiguous()
+    return [hash(row.tobytes()) for row in flat.view(torch.uint8).numpy()]
+
+
 def _extent(x: torch.Tensor) -> int:
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return (last + 1) * x.element_size()
@@ -167,7 +314,7 @@ class CountedSampler(Sampler[list[int]]):
     """A batch sampler whose draws are noted as they are made.
 
     Args:
-        sampler: gives lists of rows.
+        sampler: gives lists of rows, or of units.
         draws: where they are noted.
     """
 
@@ -179,9 +326,11 @@ class CountedSampler(Sampler[list[int]]):
         return self._noted()
 
     def _noted(self) -> Iterator[list[int]]:
-        for rows in self.sampler:
-            self.draws.begin(len(rows))
-            yield rows
+        units = self.draws.dataset
+        for drawn in self.sampler:
+            sizes = None if units is None else units.draw(drawn)
+            self.draws.begin(len(drawn) if sizes is None else sum(sizes.values()), sizes)
+            yield drawn if sizes is None else list(sizes)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -199,7 +348,7 @@ class _Counted(DataLoader[Any]):
 
         def handed() -> Iterator[Any]:
             for batch in batches:
-                draws.hand_out()
+                draws.hand_out(batch)
                 yield batch
             draws.end()
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import opacus
@@ -21,7 +19,6 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from dpzoo.clipping.adaptive import AdaptiveBookKeepingOptimizer
 from dpzoo.clipping.draws import Draws, count_draws
 from dpzoo.clipping.frozen import FrozenWatch, refuse_learning_buffers
 from dpzoo.clipping.loss import PrivateCriterion
@@ -34,9 +31,13 @@ from dpzoo.clipping.optimizer import (
     source_of,
     with_release,
 )
+from dpzoo.clipping.rules import rule_of
+from dpzoo.clipping.units import UnitRows, unit_loader
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
+from dpzoo.files import whole_file
 from dpzoo.ledger import Ledger
+from dpzoo.opacus_internals import on_ghost_backward
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer.step()
 
     All other modes and the accountants are Opacus' own. ``clipping`` may be "flat", "per_layer",
-    "automatic" (`dpzoo.clipping.optimizer.BookKeepingOptimizer`) or "adaptive", with Opacus' arguments
-    for it (`dpzoo.clipping.adaptive.AdaptiveBookKeepingOptimizer`).
+    "automatic" or "adaptive", with Opacus' arguments for it; in mode "bk" also a rule of your own
+    (`dpzoo.clipping.rules`).
 
     In every mode:
 
@@ -72,7 +73,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     Guarantees:
         Each logical step adds N(0, (noise_multiplier * max_grad_norm)^2) noise, once, to a sum in
-        which a row's share has norm at most ``max_grad_norm``.
+        which a row's share has norm at most ``max_grad_norm``; with ``unit_ids``, a unit's, all its rows
+        together.
     """
 
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
@@ -96,18 +98,38 @@ class PrivacyEngine(opacus.PrivacyEngine):
         grad_sample_mode: str = "hooks",
         poisson_sampling: bool = True,
         noise_generator: torch.Generator | None = None,
+        unit_ids: Any = None,
+        max_rows_per_unit: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """As `opacus.PrivacyEngine.make_private`, with ``grad_sample_mode="bk"`` among the modes.
 
+        Args:
+            unit_ids: in mode "bk": whose each row of the loader's data set is; a sequence of ids, or the
+                name of a column. Rows with equal ids are one unit of privacy: Poisson sampling draws units,
+                the loader's batch size is of units, a unit's drawn rows are clipped as one gradient (of the
+                mean of their losses), and epsilon is for adding or removing a unit with all its rows.
+            max_rows_per_unit: of a unit with more rows a draw takes so many, chosen afresh.
+            **kwargs: Opacus'.
+
         Raises:
-            InputError: the loader has a sampler that Poisson sampling would replace; a generator in
+            InputError: ids as of `dpzoo.clipping.units.UnitRows`, or in another mode, or without Poisson
+                sampling; the loader has a sampler that Poisson sampling would replace; a generator in
                 secure mode; an optimizer that evaluates the loss several times a step; ranks that draw
                 alike.
             UnsupportedModelError: a layer that learns from the batch without gradients.
         """
         refuse_optimizer(optimizer)
         refuse_learning_buffers(module)
+        data_loader = _units_of(data_loader, unit_ids, max_rows_per_unit)
+        units = data_loader.dataset if isinstance(data_loader.dataset, UnitRows) else None
+        if units is not None and (grad_sample_mode != "bk" or not poisson_sampling):
+            raise InputError(
+                f"make_private got unit_ids in grad_sample_mode={grad_sample_mode!r} with "
+                f"poisson_sampling={poisson_sampling}, wanted 'bk' and True: Opacus' modes clip each row "
+                f"by itself, so that a unit of k rows moves the sum by k C; and what is drawn are units. "
+                f"Use grad_sample_mode='bk', or leave out unit_ids: the unit is then the row."
+            )
         if self._keyed and noise_generator is not None:
             raise InputError(
                 "make_private got a noise_generator in secure mode, wanted none: whoever knows its seed "
@@ -151,7 +173,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         rows = len(loader.dataset) // batches
         ranks = getattr(private_optimizer, "world_size", 1)
         private_optimizer.expected_batch_size = rows / ranks if ranks > 1 else rows
-        draws = Draws(poisson_sampling, getattr(private_optimizer, "drop", lambda: None))
+        draws = Draws(poisson_sampling, getattr(private_optimizer, "drop", lambda: None), units)
         if hasattr(private_optimizer, "release"):
             private_optimizer.draws = draws
             private_optimizer.release.sample_rate = 1 / batches
@@ -164,13 +186,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
             private_optimizer.attach_step_hook(pay)
         _watch(private, module, getattr(private_optimizer, "drop", lambda: None))
         if poisson_sampling:
-            if isinstance(loader.dataset[0], dict) or grad_sample_mode == "bk":
+            if grad_sample_mode == "bk" or isinstance(loader.dataset[0], dict):
                 prime_empty_batches(loader)
             count_draws(loader, draws)
             _refuse_equal_ranks(private_optimizer)
         if grad_sample_mode != "bk":
             if len(made) == 4:
-                _count_ghost_rows(made[2], draws)
+                on_ghost_backward(made[2], draws.take)
             return made
         private_criterion = PrivateCriterion(private, private_optimizer, criterion, loss_reduction)
         return private, private_optimizer, private_criterion, loader
@@ -191,6 +213,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             raise InputError(
                 f"The data set has {len(loader.dataset)} row, wanted at least 2: no batch hides one row."
             )
+        if loader is not None:  # the noise follows from how many units a batch has, of how many
+            ids = kwargs.pop("unit_ids", None), kwargs.pop("max_rows_per_unit", None)
+            kwargs["data_loader"] = _units_of(loader, *ids)
         return super().make_private_with_epsilon(**kwargs)
 
     def get_epsilon(self, delta: float) -> float:
@@ -249,15 +274,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return with_release(made, noise, counts_samples="ghost" not in grad_sample_mode)
         if isinstance(optimizer, opacus.optimizers.DPOptimizer):
             optimizer = optimizer.original_optimizer
+        kwargs["clipping"] = rule = rule_of(kwargs.get("clipping", "flat"), kwargs)
+        if distributed and rule.one_process:
+            raise InputError(
+                f"grad_sample_mode='bk' got clipping={rule.name!r} with distributed=True, wanted one of "
+                f"the two: the count of rows that were not clipped is of one process alone."
+            )
         kind: type[BookKeepingOptimizer] = BookKeepingOptimizer
-        if kwargs.get("clipping") == "adaptive":
-            if distributed:
-                raise InputError(
-                    "grad_sample_mode='bk' got clipping='adaptive' with distributed=True, wanted one of "
-                    "the two: the count of rows that were not clipped is of one process alone."
-                )
-            kind = AdaptiveBookKeepingOptimizer
-        elif distributed:
+        if distributed:
             kind = DistributedBookKeepingOptimizer
         return kind(optimizer, noise=noise, **kwargs)
 
@@ -290,19 +314,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ledger = release.watched_by(Ledger(f"{os.fspath(path)}.ledger"))
             state["head"] = ledger.head if ledger.path.exists() else None
             saved[RELEASE_STATE] = state
-        target = Path(path)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)  # its mode is 0600
-        try:
+        with whole_file(path, mode=0o600) as part:
             super().save_checkpoint(
-                path=aside, module=module, optimizer=optimizer, checkpoint_dict=saved, **kwargs
+                path=part, module=module, optimizer=optimizer, checkpoint_dict=saved, **kwargs
             )
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
 
     def load_checkpoint(
         self,
@@ -396,6 +411,24 @@ def _watch(private: Any, module: nn.Module, dropped: Any) -> None:
     private.remove_hooks = removed
 
 
+def _units_of(loader: DataLoader[Any], unit_ids: Any, most: int | None) -> DataLoader[Any]:
+    """The loader as it is, or one of units."""
+    if unit_ids is None:
+        if most is not None:
+            raise InputError(
+                f"max_rows_per_unit={most} came without unit_ids, wanted both or none."
+            )
+        return loader
+    if isinstance(loader.dataset, UnitRows) or type(loader.batch_sampler) is not BatchSampler:
+        raise InputError(
+            f"make_private got unit_ids and a loader with a {type(loader.batch_sampler).__name__} of "
+            f"{type(loader.dataset).__name__}, wanted the ordinary loader, of rows, as it was before any "
+            f"make_private: batch_size=B, and no sampler of its own."
+        )
+    _refuse_sampler(loader)
+    return unit_loader(loader, unit_ids, most)
+
+
 def _check_delta(name: str, delta: Any) -> None:
     if not isinstance(delta, (int, float)) or not 0 < delta < 1:
         raise InputError(
@@ -425,25 +458,6 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
             f"False and no sampler. Weight the rows in the loss instead, or call "
             f"make_private(poisson_sampling=False) and answer for the accounting yourself."
         )
-
-
-def _count_ghost_rows(criterion: Any, draws: Draws) -> None:
-    """Have the losses of Opacus' ghost criterion tell their rows when they are backpropagated."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss: Any = super(made, self).__call__(*args, **kwargs)
-        backward = loss.backward
-
-        def counted(*given: Any, **options: Any) -> Any:
-            draws.take(len(loss.loss_per_sample))
-            return backward(*given, **options)
-
-        loss.backward = counted
-        return loss
-
-    kind = type(criterion)
-    made: Any = type(kind.__name__, (kind,), {"__call__": call})
-    criterion.__class__ = made
 
 
 def _refuse_equal_ranks(optimizer: Any) -> None:

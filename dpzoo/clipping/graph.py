@@ -1,14 +1,66 @@
-"""What the autograd graph says about uses of parameters that the recorder did not see."""
+"""The autograd graph: taps in it, and what it says about uses that the recorder did not see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from dpzoo.clipping.recorder import TAP
 from dpzoo.errors import InputError
+
+Enter = Callable[..., None]
+
+
+class Tap(torch.autograd.Function):
+    """The identity on one or several tensors; its backward calls ``enter`` with their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: torch.Tensor, owner: Any, enter: Enter, count: int, *tensors: torch.Tensor
+    ) -> Any:
+        """The first ``count`` of ``tensors``, with an edge to ``anchor``; the rest is kept for backward.
+
+        The outputs share memory with the inputs and are no views of them, so that a model may change
+        them in place. The tapped functions keep nothing of their outputs for their own backward.
+        """
+        ctx.save_for_backward(*tensors[count:])
+        ctx.owner, ctx.enter, ctx.inputs = owner, enter, len(tensors)
+        ctx.parents = ()
+        outputs = tuple(tensor.data for tensor in tensors[:count])
+        return outputs[0] if count == 1 else outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Pass the gradients through, and record the use."""
+        ctx.owner.enter(ctx.enter, grads, ctx.saved_tensors)
+        return (None, None, None, None, *grads, *(None,) * (ctx.inputs - len(grads)))
+
+
+TAP: Any = getattr(Tap, "_backward_cls")  # noqa: B009  (not an attribute that torch declares)
+"""Class of a tap's node in the autograd graph."""
+
+
+def inputs_of(node: Any) -> Iterator[Any]:
+    """The nodes that a node's gradients go to."""
+    return (following for following, _ in node.next_functions)
+
+
+def walk(root: Any, ways: Callable[[Any], Iterable[Any]] = inputs_of) -> Iterator[Any]:
+    """The nodes of the graph from one on, each once.
+
+    Args:
+        root: a node, or None.
+        ways: the nodes that the walk goes to from one; asked when the caller has seen it.
+    """
+    seen: set[Any] = set()
+    ahead = [root]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            ahead.extend(ways(node))
 
 
 def refuse_unseen(
@@ -41,19 +93,16 @@ def refuse_unseen(
     """
     seen: set[Any] = set()
     names: set[str] = set()
-    ahead: list[Any] = [losses.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
+    for node in walk(losses.grad_fn, lambda n: n.parents if isinstance(n, TAP) else inputs_of(n)):
         seen.add(node)
+        if hasattr(node, "variable"):
+            continue  # a leaf: its user has been asked about it
         if isinstance(node, TAP):
             if node.rows != len(losses):
                 raise InputError(
                     f"The losses have {len(losses)} rows and come through a call of the model with "
                     f"{node.rows} rows, wanted as many in each call whose outputs a loss takes."
                 )
-            ahead.extend(node.parents)
             continue
         name = node.name()
         names.add(name)
@@ -63,11 +112,9 @@ def refuse_unseen(
                 "wanted use_reentrant=False: in gradient_checkpointing_enable({'use_reentrant': False}), "
                 "or as an argument of torch.utils.checkpoint.checkpoint."
             )
-        for following, _ in node.next_functions:
+        for following in inputs_of(node):
             leaf = getattr(following, "variable", None)  # of an AccumulateGrad node
-            if leaf is None:
-                ahead.append(following)
-            elif id(leaf) in trained:
+            if leaf is not None and id(leaf) in trained:
                 raise InputError(
                     f"The losses use {name_of(leaf)} outside the model's private forward pass, or in a "
                     f"function that torch does not show ({node.name()}), wanted every use in torch "

@@ -3,13 +3,12 @@
 A rule gets the number of rows, the function's arguments, one of its inputs with that input's layout, and
 the output. It returns the layout of the output (a list, for several outputs; None for numbers that are
 the same for all rows), or raises `Mixing` where entries of several rows are combined, or `Unknown` where
-it cannot tell.
+it cannot tell. `dpzoo.clipping.picking` has the rules of functions that pick entries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +19,22 @@ from dpzoo.clipping.layouts import (
     Layout,
     Mixing,
     Picked,
+    Rule,
     Unknown,
-    layout_of,
-    picked,
-    row_ids,
+    argument,
+    dims_of,
     shifted,
 )
-
-Rule = Callable[[int, tuple[Any, ...], dict[str, Any], torch.Tensor, AnyLayout, Any], Any]
-"""(rows, args, kwargs, input, its layout, output) -> layout of the output, or of each output."""
+from dpzoo.clipping.picking import (
+    concatenated,
+    gather,
+    index,
+    index_select,
+    narrow,
+    parts,
+    repeats_entries,
+    unbind,
+)
 
 
 def elementwise(
@@ -45,24 +51,12 @@ def keeps_dims(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayou
     return layout
 
 
-def _argument(args: Any, kwargs: Any, at: int, names: Sequence[str], default: Any = None) -> Any:
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-    return args[at] if len(args) > at else default
-
-
-def _dims(value: Any, ndim: int) -> list[int]:
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return [v % ndim if ndim else 0 for v in values]
-
-
 def along(at: int, default: Any = None) -> Rule:
     """A function along one or several dimensions, whose output keeps them: softmax, cumsum."""
 
     def rule(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-        dim = _argument(args, kwargs, at, ("dim", "dims", "axis"), default)
-        if dim is None or layout.dim in _dims(dim, x.ndim):
+        dim = argument(args, kwargs, at, ("dim", "dims", "axis"), default)
+        if dim is None or layout.dim in dims_of(dim, x.ndim):
             raise Mixing
         return layout
 
@@ -73,12 +67,12 @@ def reduction(at: int = 1) -> Rule:
     """A function along some dimensions, which disappear, or stay with one entry."""
 
     def rule(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-        dim = _argument(args, kwargs, at, ("dim", "axis"))
+        dim = argument(args, kwargs, at, ("dim", "axis"))
         if isinstance(dim, (torch.Tensor, bool)):  # torch.max(a, b)
             return shifted(layout, x, out)
         if dim is None or (isinstance(dim, (tuple, list)) and not dim):
             raise Mixing
-        dims = _dims(dim, x.ndim)
+        dims = dims_of(dim, x.ndim)
         if layout.dim in dims:
             raise Mixing
         first = out[0] if isinstance(out, tuple) else out
@@ -133,23 +127,13 @@ def squeeze(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, 
     """Dimensions of one entry disappear."""
     if isinstance(layout, Picked):
         return layout
-    dim = _argument(args, kwargs, 1, ("dim",))
+    dim = argument(args, kwargs, 1, ("dim",))
     gone = [d for d in range(x.ndim) if x.shape[d] == 1]
     if dim is not None:
-        gone = [d for d in _dims(dim, x.ndim) if d in gone]
+        gone = [d for d in dims_of(dim, x.ndim) if d in gone]
     if layout.dim in gone:  # one row
         raise Unknown
     return layout._replace(dim=layout.dim - sum(d < layout.dim for d in gone))
-
-
-def unsqueeze(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """A dimension of one entry appears."""
-    dim = _argument(args, kwargs, 1, ("dim",)) % out.ndim
-    if dim > layout.dim:
-        return layout
-    if isinstance(layout, Picked):
-        raise Unknown
-    return layout._replace(dim=layout.dim + 1)
 
 
 def repeats(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
@@ -161,222 +145,9 @@ def repeats(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, 
     return Layout(dim, layout.outer * times, layout.inner)
 
 
-def repeats_entries(
-    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
-) -> Any:
-    """``repeat_interleave``: each entry several times."""
-    dim = _argument(args, kwargs, 2, ("dim",))
-    times = _argument(args, kwargs, 1, ("repeats",))
-    if dim is None:
-        raise Unknown
-    if dim % x.ndim != layout.dim:
-        return layout
-    if isinstance(times, torch.Tensor):
-        if layout.dim:
-            raise Unknown
-        return picked(row_ids(layout, x.shape[0], n, x.device).repeat_interleave(times), n)
-    if isinstance(layout, Picked):
-        return Picked(layout.ids.repeat_interleave(times))
-    return layout._replace(inner=layout.inner * times)
-
-
-def parts(at: int) -> Rule:
-    """``split``, ``chunk``, ``narrow``: a part, or several, along a dimension."""
-
-    def rule(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-        dim = _argument(args, kwargs, at, ("dim",), 0) % x.ndim
-        if dim != layout.dim:
-            return layout
-        pieces = out if isinstance(out, (tuple, list)) else [out]
-        whole = n * getattr(layout, "inner", 1)
-        if isinstance(layout, Picked) or any(p.shape[dim] % whole for p in pieces):
-            return _cut(n, layout, x, dim, out)
-        made = [layout._replace(outer=piece.shape[dim] // whole) for piece in pieces]
-        return made if isinstance(out, (tuple, list)) else made[0]
-
-    return rule
-
-
-def _cut(n: int, layout: AnyLayout, x: torch.Tensor, dim: int, out: Any) -> Any:
-    if dim or not isinstance(out, (tuple, list)):
-        raise Mixing
-    ids = row_ids(layout, x.shape[0], n, x.device)
-    return [picked(part, n) for part in ids.split([piece.shape[0] for piece in out])]
-
-
-def narrow(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """A range along a dimension."""
-    dim = _argument(args, kwargs, 1, ("dim",)) % x.ndim
-    start = _argument(args, kwargs, 2, ("start",))
-    if dim != layout.dim or out.shape[dim] == x.shape[dim]:
-        return layout
-    return index(
-        n, (x, (slice(None),) * dim + (slice(start, start + out.shape[dim]),)), {}, x, layout, out
-    )
-
-
-def unbind(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """``unbind`` and ``select``: a dimension disappears."""
-    dim = _argument(args, kwargs, 1, ("dim",), 0) % x.ndim
-    if dim == layout.dim:
-        raise Mixing
-    if dim > layout.dim:
-        return layout
-    assert isinstance(layout, Layout)
-    return layout._replace(dim=layout.dim - 1)
-
-
-def index(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """``x[...]``."""
-    if x is not args[0]:  # an index
-        if layout_of(args[0], n) is not None:
-            return None
-        if args[1] is x:
-            return layout
-        raise Unknown
-    items = args[1] if isinstance(args[1], tuple) else (args[1],)
-    items = tuple(torch.as_tensor(i, device=x.device) if isinstance(i, list) else i for i in items)
-    used = sum(
-        (i.ndim if isinstance(i, torch.Tensor) and i.dtype == torch.bool else 1)
-        for i in items
-        if i is not None and i is not Ellipsis
-    )
-    if Ellipsis in [i if i is None or i is Ellipsis else 0 for i in items]:
-        at = next(k for k, i in enumerate(items) if i is Ellipsis)
-        items = items[:at] + (slice(None),) * (x.ndim - used) + items[at + 1 :]
-    else:
-        items = items + (slice(None),) * (x.ndim - used)
-    dim, before, tensors, advanced = 0, 0, [], []
-    # before: dimensions of the output so far, those of tensor indices left out
-    found: Any = None
-    for item in items:
-        if item is None:
-            before += 1
-            continue
-        if isinstance(item, torch.Tensor) and item.dtype == torch.bool:
-            advanced.append((dim, before, item))
-            tensors.append(item)
-            dim += item.ndim
-            continue
-        if isinstance(item, torch.Tensor) and item.ndim:
-            advanced.append((dim, before, item))
-            tensors.append(item)
-        elif isinstance(item, slice):
-            if dim == layout.dim:
-                found = (before, item)
-            before += 1
-        elif dim == layout.dim:
-            raise Mixing  # one entry of the rows' dimension, for all
-        dim += 1
-    if found is not None:
-        place, part = found
-        kept = range(*part.indices(x.shape[layout.dim]))
-        if advanced:
-            spread = _adjacent(items)
-            first = advanced[0][1] if spread else 0
-            width = max(1 if t.dtype == torch.bool else t.ndim for t in tensors)
-            if not spread or first <= place:
-                place += width
-        if len(kept) == x.shape[layout.dim] and kept.step == 1:
-            if isinstance(layout, Picked):
-                if place:
-                    raise Unknown
-                return layout
-            return layout._replace(dim=place)
-        if isinstance(layout, Layout) and kept.step == 1:
-            whole = n * layout.inner
-            if kept.start % whole == 0 and len(kept) % whole == 0 and len(kept):
-                return Layout(place, len(kept) // whole, layout.inner)
-            if kept.step == 1 and layout.inner > 1 and layout.outer == 1 and n == 1:
-                return Layout(place, 1, len(kept))
-        if place:
-            raise Unknown
-        ids = row_ids(layout, x.shape[layout.dim], n, x.device)
-        return picked(ids[part], n)
-    return _picked_by(n, x, layout, out, advanced, items)
-
-
-def _adjacent(items: tuple[Any, ...]) -> bool:
-    at = [k for k, i in enumerate(items) if isinstance(i, (torch.Tensor, int))]
-    tensors = [k for k in at if isinstance(items[k], torch.Tensor)]
-    return bool(tensors) and at[-1] - at[0] + 1 == len(at)
-
-
-def _picked_by(
-    n: int, x: torch.Tensor, layout: AnyLayout, out: Any, advanced: Any, items: Any
-) -> Any:
-    ids = row_ids(layout, x.shape[layout.dim], n, x.device)
-    shape: tuple[int, ...] = ()
-    chosen: torch.Tensor | None = None
-    for dim, _, item in advanced:
-        if item.dtype == torch.bool:
-            for offset, place in enumerate(item.nonzero(as_tuple=True)):
-                if dim + offset == layout.dim:
-                    chosen = ids[place]
-                shape = torch.broadcast_shapes(shape, place.shape)
-        else:
-            if dim == layout.dim:
-                chosen = ids[item]
-            shape = torch.broadcast_shapes(shape, item.shape)
-    if chosen is None:
-        raise Unknown
-    place = advanced[0][1] if _adjacent(items) else 0
-    chosen = chosen.broadcast_to(shape)
-    if len(shape) == 1 and place == 0:
-        return picked(chosen, n)
-    return _folded(chosen, place, n)
-
-
-def _folded(chosen: torch.Tensor, place: int, n: int) -> Layout:
-    """The layout of entries whose rows are ``chosen``, of several dimensions: rows along one of them."""
-    for dim in range(chosen.ndim):
-        size = chosen.shape[dim]
-        if size % n == 0 and size:
-            plain = torch.arange(size, device=chosen.device).div_(size // n, rounding_mode="floor")
-            view = plain.view(-1, *(1,) * (chosen.ndim - dim - 1))
-            if torch.equal(chosen, view.expand_as(chosen)):
-                return Layout(place + dim, 1, size // n)
-    raise Unknown
-
-
-def shifted_to(layout: AnyLayout, dim: int) -> AnyLayout:
-    """The layout of a vector whose entries become those of a dimension."""
-    if isinstance(layout, Picked):
-        if dim:
-            raise Unknown
-        return layout
-    return layout._replace(dim=dim)
-
-
-def index_select(
-    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
-) -> Any:
-    """Entries along a dimension by number."""
-    chosen = _argument(args, kwargs, 2, ("index",))
-    if x is chosen:
-        if layout_of(args[0], n) is not None:
-            return None
-        return shifted_to(layout, _argument(args, kwargs, 1, ("dim",)) % args[0].ndim)
-    dim = _argument(args, kwargs, 1, ("dim",)) % x.ndim
-    if dim != layout.dim:
-        return layout
-    if dim:
-        raise Unknown
-    return picked(row_ids(layout, x.shape[0], n, x.device)[chosen], n)
-
-
-def gather(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """Entries along a dimension by number, at each place of the others."""
-    at = 2 if len(args) > 1 and isinstance(args[1], torch.Tensor) else 1  # take_along_dim
-    dim = _argument(args, kwargs, at, ("dim",))
-    if dim is None or dim % x.ndim == layout.dim:
-        raise Mixing
-    return layout
-
-
 def renorm(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """Slices along one dimension, each scaled by its norm over all others."""
-    if layout.dim != _argument(args, kwargs, 2, ("dim",)) % x.ndim:
+    if layout.dim != argument(args, kwargs, 2, ("dim",)) % x.ndim:
         raise Mixing
     return layout
 
@@ -385,44 +156,18 @@ def along_default_first(
     n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
 ) -> Any:
     """``flip``, ``roll``: entries of the named dimensions change places."""
-    dim = _argument(args, kwargs, 1, ("dims",)) if len(args) < 3 else args[2]
+    dim = argument(args, kwargs, 1, ("dims",)) if len(args) < 3 else args[2]
     dims = dim if isinstance(dim, (tuple, list)) else [v for v in args[1:] if isinstance(v, int)]
-    if not dims or layout.dim in _dims(dims, x.ndim):
+    if not dims or layout.dim in dims_of(dims, x.ndim):
         raise Mixing
     return layout
 
 
-def roll(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """Entries of the named dimensions move on."""
-    dims = _argument(args, kwargs, 2, ("dims",))
-    if dims is None or layout.dim in _dims(dims, x.ndim):
-        raise Mixing
-    return layout
-
-
-def concatenated(
+def new_dimension(
     n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
 ) -> Any:
-    """``cat``: along the rows' dimension copies of whole batches, or along another."""
-    pieces = _argument(args, kwargs, 0, ("tensors",))
-    dim = _argument(args, kwargs, 1, ("dim", "axis"), 0) % x.ndim
-    if dim != layout.dim:
-        return layout
-    own = [layout_of(piece, n) for piece in pieces]
-    if any(not isinstance(each, (Layout, Picked)) or each.dim != dim for each in own):
-        raise Mixing
-    if len({getattr(each, "inner", None) for each in own}) == 1 and isinstance(layout, Layout):
-        return layout._replace(outer=out.shape[dim] // (n * layout.inner))
-    if dim:
-        raise Unknown
-    known = [each for each in own if isinstance(each, (Layout, Picked))]
-    ids = [row_ids(e, len(p), n, x.device) for e, p in zip(known, pieces, strict=True)]
-    return picked(torch.cat(ids), n)
-
-
-def stacked(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """``stack``: a new dimension."""
-    dim = _argument(args, kwargs, 1, ("dim",), 0) % out.ndim
+    """``stack`` and ``unsqueeze``: a dimension appears."""
+    dim = argument(args, kwargs, 1, ("dim",), 0) % out.ndim
     if dim > layout.dim:
         return layout
     if isinstance(layout, Picked):
@@ -469,7 +214,7 @@ def batched_first(
 
 def padded(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """``pad``: the last dimensions grow."""
-    pad = _argument(args, kwargs, 1, ("pad",))
+    pad = argument(args, kwargs, 1, ("pad",))
     touched = range(x.ndim - len(pad) // 2, x.ndim)
     if layout.dim in touched and out.shape[layout.dim] != x.shape[layout.dim]:
         raise Unknown
@@ -524,16 +269,6 @@ def expanded(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout,
     return out_layout
 
 
-def fft(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """Fourier transforms along named dimensions."""
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
-    if dim is None:
-        dim = -1
-    if layout.dim in _dims(dim, x.ndim):
-        raise Mixing
-    return layout
-
-
 def like(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """``zeros_like``: constants, one entry for each of the input's."""
     return layout if out.shape == x.shape else None
@@ -566,13 +301,32 @@ def heads_of_attention(
 
 def diagonal(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """``diagonal(offset, dim1, dim2)``."""
-    one = _argument(args, kwargs, 2, ("dim1",), 0) % x.ndim
-    two = _argument(args, kwargs, 3, ("dim2",), 1) % x.ndim
+    one = argument(args, kwargs, 2, ("dim1",), 0) % x.ndim
+    two = argument(args, kwargs, 3, ("dim2",), 1) % x.ndim
     if layout.dim in (one, two):
         raise Mixing
     if isinstance(layout, Picked):
         return layout
     return layout._replace(dim=layout.dim - sum(d < layout.dim for d in (one, two)))
+
+
+def elementwise_reduced(
+    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
+) -> Any:
+    """``vecdot``: the last dimension is summed over."""
+    dim = kwargs.get("dim", -1) % x.ndim
+    if dim == layout.dim:
+        raise Mixing
+    if isinstance(layout, Picked):
+        return layout
+    return layout._replace(dim=layout.dim - (dim < layout.dim) + out.ndim - (x.ndim - 1))
+
+
+def baddbmm(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+    """``input + batch1 @ batch2``: rows in the first dimension."""
+    if x is args[0]:
+        return shifted(layout, x, out)
+    return batched_first(n, args, kwargs, x, layout, out)
 
 
 def _table() -> dict[str, Rule]:
@@ -627,7 +381,7 @@ def _table() -> dict[str, Rule]:
         rules[name] = refold
     for name in names("squeeze"):
         rules[name] = squeeze
-    rules["unsqueeze"] = unsqueeze
+    rules["unsqueeze"] = rules["stack"] = new_dimension
     for name in names("repeat tile"):
         rules[name] = repeats
     rules["repeat_interleave"] = repeats_entries
@@ -640,10 +394,9 @@ def _table() -> dict[str, Rule]:
     for name in names("gather take_along_dim scatter scatter_add scatter_reduce index_add_inner"):
         rules[name] = gather
     rules["flip"] = along_default_first
-    rules["roll"] = roll
+    rules["roll"] = along(2)
     for name in names("cat concat concatenate"):
         rules[name] = concatenated
-    rules["stack"] = stacked
     for name in names("matmul mm bmm mv rmatmul"):
         rules[name] = product
     rules["scaled_dot_product_attention"] = attention
@@ -661,7 +414,7 @@ def _table() -> dict[str, Rule]:
     for name in names("expand expand_as broadcast_to"):
         rules[name] = expanded
     for name in names("fft ifft rfft irfft hfft fft_fft fft_ifft fft_rfft fft_irfft"):
-        rules[name] = fft
+        rules[name] = along(2, -1)
     for name in names(
         "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
     ):
@@ -677,25 +430,6 @@ def _table() -> dict[str, Rule]:
         rules[name] = recurrent
     rules["baddbmm"] = baddbmm
     return rules
-
-
-def elementwise_reduced(
-    n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any
-) -> Any:
-    """``vecdot``: the last dimension is summed over."""
-    dim = kwargs.get("dim", -1) % x.ndim
-    if dim == layout.dim:
-        raise Mixing
-    if isinstance(layout, Picked):
-        return layout
-    return layout._replace(dim=layout.dim - (dim < layout.dim) + out.ndim - (x.ndim - 1))
-
-
-def baddbmm(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """``input + batch1 @ batch2``: rows in the first dimension."""
-    if x is args[0]:
-        return shifted(layout, x, out)
-    return batched_first(n, args, kwargs, x, layout, out)
 
 
 PERMUTING = frozenset(

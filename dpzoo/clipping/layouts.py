@@ -13,6 +13,7 @@ layout is a guess, and the recorder has the step checked by a second backward pa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,9 @@ class Mixed:
 
 
 AnyLayout = Layout | Picked
+Rule = Callable[[int, tuple[Any, ...], dict[str, Any], torch.Tensor, AnyLayout, Any], Any]
+"""(rows, args, kwargs, input, its layout, output) -> layout of the output, or of each output."""
+
 FIRST = Layout(0)
 
 SINGLE = Layout(-1000)
@@ -180,3 +184,17 @@ def per_row(grad: torch.Tensor, layout: AnyLayout, rows: int) -> torch.Tensor:
     if layout.inner * layout.outer > 1:
         first = first.sum(layout.dim + 1, keepdim=True)
     return first
+
+
+def argument(args: Any, kwargs: Any, at: int, names: Sequence[str], default: Any = None) -> Any:
+    """An argument of a torch function, by one of its names or by its place."""
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return args[at] if len(args) > at else default
+
+
+def dims_of(value: Any, ndim: int) -> list[int]:
+    """A dimension or several of them, counted from 0."""
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [v % ndim if ndim else 0 for v in values]

@@ -25,10 +25,15 @@ class PrivateLoss:
         self.loss_per_sample = losses
         self._spent = [False] if spent is None else spent  # shared by what is computed from it
 
-    def backward(self) -> None:
+    def backward(self, *, unit_ids: Any = None) -> None:
         """Add the clipped sum of the rows' gradients to the optimizer's sums.
 
         The parts of one draw add up: call it for each of them, and then the optimizer's step.
+
+        Args:
+            unit_ids: the ids of the rows' units, (rows,), in the batch's order; with
+                ``make_private(unit_ids=...)``. They are needed where the collator changes the order of
+                rows, which the loader does not see; and they are compared with the draw.
 
         Raises:
             InputError: it was called before, on this loss or on one that this is computed from; otherwise
@@ -40,7 +45,7 @@ class PrivateLoss:
                 "Compute the loss once more from another forward pass of the next draw's rows."
             )
         self._spent[0] = True
-        self.criterion.module.backward(self.loss_per_sample, self.criterion.optimizer)
+        self.criterion.module.backward(self.loss_per_sample, self.criterion.optimizer, unit_ids)
 
     def detach(self) -> torch.Tensor:
         """The reduced loss, as a plain tensor; 0 for an empty batch."""

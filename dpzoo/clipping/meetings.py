@@ -2,25 +2,23 @@
 
 One function for each kind. It runs the torch function, has its output tapped (or its shared arguments,
 expanded to the rows), and says how the tap's gradient becomes per-row gradients. It raises `Unknown` for
-arguments that it has no way for; `row_by_row`, which knows every function, takes those.
+arguments that it has no way for; `dpzoo.clipping.row_by_row`, which knows every function, takes those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from dpzoo.clipping.book import Book
-from dpzoo.clipping.functions import Function, tensors_in
-from dpzoo.clipping.layout_rules import RULES, elementwise, index, product
+from dpzoo.clipping.functions import Function
+from dpzoo.clipping.layout_rules import RULES, elementwise, product
 from dpzoo.clipping.layouts import (
     FIRST,
     SINGLE,
     AnyLayout,
-    Layout,
     Mixed,
     Picked,
     Unknown,
@@ -29,29 +27,35 @@ from dpzoo.clipping.layouts import (
     rows_first,
     shifted,
 )
-from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.clipping.picking import index
+from dpzoo.clipping.recorder import Meeting, Recorder, mixing_error
+from dpzoo.clipping.row_by_row import recurrent, row_by_row
+from dpzoo.errors import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from dpzoo.clipping.recorder import Recorder
 
-
-class Meeting(NamedTuple):
-    """A call of a torch function with rows and shared tensors."""
-
-    function: Function
-    call: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rowed: list[torch.Tensor]
-    shared: list[torch.Tensor]
+def meet(recorder: Recorder, met: Meeting) -> Any:
+    """Run the function, and have the recorder note how its parameters' per-row gradients are had."""
+    known = MEETINGS.get(met.function.name)
+    if known is not None:
+        try:
+            return known(recorder, met)
+        except Unknown:
+            pass
+    return row_by_row(recorder, met)
 
 
 def _only(shared: list[torch.Tensor], *known: Any) -> bool:
     return all(any(z is k for k in known) for z in shared)
 
 
-def _parents(rowed: list[torch.Tensor]) -> tuple[Any, ...]:
-    return tuple(x.grad_fn for x in rowed if x.grad_fn is not None)
+def _noted(
+    recorder: Recorder, function: Function, shared: Any, tensors: tuple[Any, ...], *more: Any
+) -> list[bool]:
+    """Note a function's use of some tensors; which of them are shared ones."""
+    taken = [value is not None and any(value is z for z in shared) for value in tensors]
+    names = [recorder.owner.name_of(z) for z, on in zip(tensors, taken, strict=True) if on]
+    recorder.uses.append((function.name, *names, *more))
+    return taken
 
 
 def _named(call: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
@@ -90,12 +94,9 @@ def _linear(
     if layout.dim == x.ndim - 1:
         raise mixing_error(function.name)
     rows = recorder.rows
-    takes_weight = any(weight is z for z in shared)
-    takes_bias = bias is not None and any(bias is z for z in shared)
-    names = [
-        recorder.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on
-    ]
-    recorder.uses.append((function.name, *names, layout_key(layout)))
+    takes_weight, takes_bias = _noted(
+        recorder, function, shared, (weight, bias), layout_key(layout)
+    )
 
     def enter(book: Book, grad: torch.Tensor, *saved: torch.Tensor) -> None:
         grads = _positions(grad, layout, rows)
@@ -104,7 +105,7 @@ def _linear(
         if takes_weight:
             book.add_linear(weight, grads, saved[0], layout, turned, function.name)
 
-    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]))
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), [x])
     recorder.mark(out, layout)
     return out
 
@@ -115,14 +116,6 @@ def _summed_to(grads: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     if bias.shape[-1] != total.shape[-1]:
         total = total.sum(-1, keepdim=True)
     return total.reshape(len(grads), *bias.shape)
-
-
-def mixing_error(name: str) -> InputError:
-    """The error for a function that combines rows."""
-    return InputError(
-        f"{name} combines rows of the batch, wanted each row by itself: what one row computes must not "
-        f"depend on another."
-    )
 
 
 def _meet_addmm(recorder: Recorder, met: Meeting) -> Any:
@@ -195,7 +188,9 @@ def _meet_embedding(recorder: Recorder, met: Meeting) -> Any:
             f"{name} is looked up with max_norm, scale_grad_by_freq or sparse, which make a row's "
             f"gradient depend on other rows or have no dense form. Wanted a plain look-up."
         )
-    return _lookup(recorder, function, call(*args, **kwargs), ids, table, padding)
+    # Sparse: autograd's own gradient, which the check asks for, then is of the vectors looked up.
+    out = call(ids, table, padding, sparse=table.is_leaf)
+    return _lookup(recorder, function, out, ids, table, padding)
 
 
 def _lookup(
@@ -254,13 +249,9 @@ def _meet_norm(recorder: Recorder, met: Meeting) -> Any:
     layout, rows = recorder.layout_of(x), recorder.rows
     if layout.dim >= x.ndim - len(shape):
         raise mixing_error(function.name)
-    takes_weight, takes_bias = (
-        v is not None and any(v is z for z in shared) for v in (weight, bias)
+    takes_weight, takes_bias = _noted(
+        recorder, function, shared, (weight, bias), layout_key(layout)
     )
-    used = [
-        recorder.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on
-    ]
-    recorder.uses.append((function.name, *used, layout_key(layout)))
     out = call(*args, **kwargs)
 
     def enter(book: Book, grad: torch.Tensor, *saved: torch.Tensor) -> None:
@@ -274,7 +265,7 @@ def _meet_norm(recorder: Recorder, met: Meeting) -> Any:
                 weight, _to_shape(again.mul_(grads), layout, rows, len(shape)), function.name
             )
 
-    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]))
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), [x])
     recorder.mark(out, layout)
     return out
 
@@ -303,13 +294,7 @@ def _meet_convolution(recorder: Recorder, met: Meeting) -> Any:
     if each(stride, 1) != window or not _only(shared, weight, bias) or x.ndim != weight.ndim:
         raise Unknown
     rows = recorder.rows
-    takes_weight, takes_bias = (
-        v is not None and any(v is z for z in shared) for v in (weight, bias)
-    )
-    used = [
-        recorder.owner.name_of(z) for z, on in ((weight, takes_weight), (bias, takes_bias)) if on
-    ]
-    recorder.uses.append((function.name, *used))
+    takes_weight, takes_bias = _noted(recorder, function, shared, (weight, bias))
     out = call(*args, **kwargs)
 
     def enter(book: Book, grad: torch.Tensor, *saved: torch.Tensor) -> None:
@@ -325,8 +310,97 @@ def _meet_convolution(recorder: Recorder, met: Meeting) -> Any:
             patches = patches.reshape(rows, grads.shape[1], -1)
             book.add_linear(weight, grads, patches, FIRST, False, function.name)
 
-    out = recorder.tap(out, enter, (x,) if takes_weight else (), _parents([x]))
+    out = recorder.tap(out, enter, (x,) if takes_weight else (), [x])
     recorder.mark(out, FIRST)
+    return out
+
+
+def _meet_einsum(recorder: Recorder, met: Meeting) -> Any:
+    """Two operands: a linear layer in other words, or a shared one that has the rows' letter."""
+    function, call, args, kwargs, rowed, shared = met
+    equation, operands = args[0], args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if len(operands) != 2 or len(shared) != 1 or len(rowed) != 1 or not isinstance(equation, str):
+        raise Unknown
+    equation = equation.replace(" ", "")
+    if "->" not in equation or "." in equation:
+        raise Unknown
+    terms, result = equation.split("->")
+    x, z = rowed[0], shared[0]
+    letters = dict(
+        zip(("x", "z") if operands[0] is x else ("z", "x"), terms.split(","), strict=True)
+    )
+    layout = recorder.layout_of(x)
+    if isinstance(layout, Picked) or layout is SINGLE:
+        raise Unknown
+    if any(len(set(each)) < len(each) for each in letters.values()):
+        raise Unknown  # a diagonal
+    letter = letters["x"][layout.dim]
+    if letter in letters["z"]:
+        own = recorder.tap_own(function, z, letters["z"].index(letter), layout, x.shape[layout.dim])
+        return run_with(recorder, met, {id(z): own})
+    into = [c for c in letters["z"] if c in letters["x"]]
+    free = [c for c in letters["z"] if c not in letters["x"]]
+    places = [c for c in letters["x"] if c not in into]
+    if (
+        not into
+        or not free
+        or any(c in result for c in into)
+        or any(c not in result for c in (*free, *places))
+    ):
+        raise Unknown
+    turned = letters["z"] == "".join(into + free)
+    if not turned and letters["z"] != "".join(free + into):
+        raise Unknown
+    rows = recorder.rows
+    where = layout._replace(dim=places.index(letter))
+    recorder.uses.append((function.name, recorder.owner.name_of(z), layout_key(where)))
+    out = call(*args, **kwargs)
+
+    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
+        grads = grad.permute([result.index(c) for c in (*places, *free)]).flatten(len(places))
+        values = kept.permute([letters["x"].index(c) for c in (*places, *into)]).flatten(
+            len(places)
+        )
+        book.add_linear(z, _positions(grads, where, rows), values, where, turned, function.name)
+
+    out = recorder.tap(out, enter, (x,), [x])
+    recorder.mark(out, layout._replace(dim=result.index(letter)))
+    return out
+
+
+def _meet_grouped(recorder: Recorder, met: Meeting) -> Any:
+    """``grouped_mm`` of a mixture: one list of tokens, each by its own expert's weight."""
+    function, call, args, kwargs, rowed, shared = met
+    x, weight, offsets = _named(args, kwargs, "mat_a", "mat_b", "offs")
+    if (
+        rowed != [x]
+        or not _only(shared, weight)
+        or x.ndim != 2
+        or weight.ndim != 3
+        or offsets is None
+    ):
+        raise Unknown
+    layout, rows = recorder.layout_of(x), recorder.rows
+    if layout.dim > 0:
+        raise Unknown
+    ids = row_ids(layout, len(x), rows, x.device)
+    ends = offsets.tolist()
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    experts = [weight[k] for k in range(len(parts))]
+    recorder.uses.append((function.name, recorder.owner.name_of(weight), layout_key(layout)))
+    out = call(*args, **kwargs)
+
+    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
+        for expert, part in zip(experts, parts, strict=True):
+            if part.stop > part.start:
+                own = Picked(ids[part])
+                grads = _positions(grad[part], own, rows)
+                book.add_linear(expert, grads, kept[part], own, True, function.name)
+
+    out = recorder.tap(out, enter, (x,), [x])
+    recorder.mark(out, layout)
     return out
 
 
@@ -442,242 +516,12 @@ def _meet_setitem(recorder: Recorder, met: Meeting) -> Any:
     return None
 
 
-# --- everything else: the function by itself, row by row ------------------------------------------------
-
-
-def row_by_row(recorder: Recorder, met: Meeting) -> Any:
-    """Tap a function's output; its per-row gradients are its own vector-Jacobian products, row by row."""
-    function, call, args, kwargs, rowed, shared = met
-    rows = recorder.rows
-    flat = [*args, *kwargs.values()]
-    keys, count = list(kwargs), len(args)
-    spots = list(_spots(flat))
-    row_spots = [s for s in spots if any(_at(flat, s) is x for x in rowed)]
-    shared_spots = [s for s in spots if any(_at(flat, s) is z for z in shared)]
-    zs = [_at(flat, s) for s in shared_spots]
-    lays = [recorder.layout_of(_at(flat, s)) for s in row_spots]
-    named = ", ".join(map(recorder.owner.name_of, zs))
-    if function.in_place:
-        raise UnsupportedModelError(
-            f"{function.name} in place, of rows of the batch and {named}, is not supported. Wanted the "
-            f"function that makes a new tensor."
-        )
-    if function.name in ("batch_norm", "native_batch_norm"):
-        training = kwargs.get("training", args[5] if len(args) > 5 else False)
-        if training:
-            raise mixing_error("batch_norm in training mode")
-    if any(isinstance(layout, Picked) for layout in lays):
-        raise UnsupportedModelError(
-            f"{function.name} of rows that were picked by index and {named} is not supported: its "
-            f"per-row gradients have no rule. Use linear layers there, or freeze the parameter."
-        )
-    out = call(*args, **kwargs)
-    outs = (out,) if isinstance(out, torch.Tensor) else tuple(o for o in out if o is not None)
-    if not all(isinstance(o, torch.Tensor) for o in outs):
-        raise UnsupportedModelError(
-            f"{function.name} of rows of the batch and {named} returns {type(out).__name__}, wanted "
-            f"tensors."
-        )
-    found = recorder.layout_of_output(function, call, args, kwargs, rowed, out)
-    founds = found[: len(outs)] if isinstance(found, list) else [found] * len(outs)
-    if any(isinstance(layout, Mixed) for layout in founds):
-        raise mixing_error(function.name)
-    if not all(isinstance(layout, Layout) for layout in founds):
-        raise UnsupportedModelError(
-            f"{function.name} of {named} gives {[tuple(o.shape) for o in outs]} for {rows} rows, and it "
-            f"is not known where its rows are. Use other functions there, or freeze the parameter."
-        )
-    recorder.uses.append(
-        (function.name, "row by row", *map(recorder.owner.name_of, zs), *map(layout_key, founds))
-    )
-    smooth = [k for k, o in enumerate(outs) if o.requires_grad]
-
-    def again(row_values: Any, z_values: Any) -> Any:
-        values = [list(v) if isinstance(v, (list, tuple)) else v for v in flat]
-        for spot, value in (
-            *zip(row_spots, row_values, strict=True),
-            *zip(shared_spots, z_values, strict=True),
-        ):
-            if spot[1] is None:
-                values[spot[0]] = value
-            else:
-                values[spot[0]][spot[1]] = value
-        result = call(*values[:count], **dict(zip(keys, values[count:], strict=True)))
-        results = (
-            (result,) if isinstance(result, torch.Tensor) else [r for r in result if r is not None]
-        )
-        return tuple(results[k] for k in smooth)
-
-    def enter(book: Book, *given: torch.Tensor) -> None:
-        grads = [rows_first(given[k], founds[k], rows) for k in smooth]
-        kept = [rows_first(x, lay, rows) for x, lay in zip(given[len(outs) :], lays, strict=True)]
-        constants = [z.detach() for z in zs]
-
-        def one(row_grads: Any, row_values: Any) -> Any:
-            pull: Any = torch.func.vjp(lambda *z: again(row_values, z), *constants)[1]
-            return pull(tuple(row_grads))
-
-        try:
-            samples = torch.func.vmap(one, randomness="error")(grads, kept)
-        except Exception:  # a function without a rule for vmap: one row after the other
-            samples = one_by_one(grads, kept, constants)
-        for z, sample in zip(zs, samples, strict=True):
-            book.add_dense(z, sample, function.name)
-
-    def one_by_one(grads: Any, kept: Any, constants: Any) -> list[torch.Tensor]:
-        leaves = [c.clone().requires_grad_() for c in constants]
-        each = []
-        try:
-            with torch.enable_grad():
-                for i in range(rows):
-                    made = again([k[i] for k in kept], leaves)
-                    given = [g[i] for g in grads]
-                    each.append(torch.autograd.grad(made, leaves, given, allow_unused=True))
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{function.name} of {named} cannot be run for one row ({str(error).splitlines()[0]}), so "
-                f"its per-row gradients cannot be had. Use other functions there, or freeze the parameter."
-            ) from error
-        return [
-            torch.stack([torch.zeros_like(c) if g is None else g for g in column])
-            for column, c in zip(zip(*each, strict=True), constants, strict=True)
-        ]
-
-    saved = tuple(_at(flat, s) for s in row_spots)
-    tapped = tuple(outs[k].clone() if k in smooth else outs[k] for k in range(len(outs)))
-    tapped = recorder.tap(tapped, enter, saved, _parents(rowed))
-    tapped = tapped if isinstance(tapped, tuple) else (tapped,)
-    for tensor, lay in zip(tapped, founds, strict=True):
-        recorder.mark(tensor, lay)
-    if isinstance(out, torch.Tensor):
-        return tapped[0]
-    rest = iter(tapped)
-    return type(out)([None if o is None else next(rest) for o in out])
-
-
-def _spots(values: list[Any]) -> Iterator[tuple[int, int | None]]:
-    for k, value in enumerate(values):
-        if isinstance(value, torch.Tensor):
-            yield k, None
-        elif isinstance(value, (list, tuple)):
-            yield from ((k, j) for j, v in enumerate(value) if isinstance(v, torch.Tensor))
-
-
-def _at(values: list[Any], spot: tuple[int, int | None]) -> Any:
-    return values[spot[0]] if spot[1] is None else values[spot[0]][spot[1]]
-
-
-def _meet_einsum(recorder: Recorder, met: Meeting) -> Any:
-    """Two operands: a linear layer in other words, or a shared one that has the rows' letter."""
-    function, call, args, kwargs, rowed, shared = met
-    equation, operands = args[0], args[1:]
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    if len(operands) != 2 or len(shared) != 1 or len(rowed) != 1 or not isinstance(equation, str):
-        raise Unknown
-    equation = equation.replace(" ", "")
-    if "->" not in equation or "." in equation:
-        raise Unknown
-    terms, result = equation.split("->")
-    x, z = rowed[0], shared[0]
-    letters = dict(
-        zip(("x", "z") if operands[0] is x else ("z", "x"), terms.split(","), strict=True)
-    )
-    layout = recorder.layout_of(x)
-    if isinstance(layout, Picked) or layout is SINGLE:
-        raise Unknown
-    if any(len(set(each)) < len(each) for each in letters.values()):
-        raise Unknown  # a diagonal
-    letter = letters["x"][layout.dim]
-    if letter in letters["z"]:
-        own = recorder.tap_own(function, z, letters["z"].index(letter), layout, x.shape[layout.dim])
-        return run_with(recorder, met, {id(z): own})
-    into = [c for c in letters["z"] if c in letters["x"]]
-    free = [c for c in letters["z"] if c not in letters["x"]]
-    places = [c for c in letters["x"] if c not in into]
-    if (
-        not into
-        or not free
-        or any(c in result for c in into)
-        or any(c not in result for c in (*free, *places))
-    ):
-        raise Unknown
-    turned = letters["z"] == "".join(into + free)
-    if not turned and letters["z"] != "".join(free + into):
-        raise Unknown
-    rows = recorder.rows
-    where = layout._replace(dim=places.index(letter))
-    recorder.uses.append((function.name, recorder.owner.name_of(z), layout_key(where)))
-    out = call(*args, **kwargs)
-
-    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
-        grads = grad.permute([result.index(c) for c in (*places, *free)]).flatten(len(places))
-        values = kept.permute([letters["x"].index(c) for c in (*places, *into)]).flatten(
-            len(places)
-        )
-        book.add_linear(z, _positions(grads, where, rows), values, where, turned, function.name)
-
-    out = recorder.tap(out, enter, (x,), _parents([x]))
-    recorder.mark(out, layout._replace(dim=result.index(letter)))
-    return out
-
-
-def _meet_recurrent(recorder: Recorder, met: Meeting) -> Any:
-    """``lstm`` and its kin: the first states have rows in their second dimension."""
-    function, _, args, _, rowed, shared = met
-    if isinstance(args[1], torch.Tensor) and isinstance(args[2], torch.Tensor):
-        raise UnsupportedModelError(
-            f"{function.name} of packed sequences is not supported: rows of different lengths are in one "
-            f"list there. Wanted padded sequences, (rows, seq, features)."
-        )
-    states = [s for s in tensors_in([args[1]]) if recorder.layout_of(s) is None]
-    if not any(s is z for s in states for z in shared):
-        for state in states:
-            recorder.mark(state, Layout(1))
-        rowed = [*rowed, *states]
-    return row_by_row(recorder, met._replace(rowed=rowed))
-
-
-def _meet_grouped(recorder: Recorder, met: Meeting) -> Any:
-    """``grouped_mm`` of a mixture: one list of tokens, each by its own expert's weight."""
-    function, call, args, kwargs, rowed, shared = met
-    x, weight, offsets = _named(args, kwargs, "mat_a", "mat_b", "offs")
-    if (
-        rowed != [x]
-        or not _only(shared, weight)
-        or x.ndim != 2
-        or weight.ndim != 3
-        or offsets is None
-    ):
-        raise Unknown
-    layout, rows = recorder.layout_of(x), recorder.rows
-    if layout.dim > 0:
-        raise Unknown
-    ids = row_ids(layout, len(x), rows, x.device)
-    ends = offsets.tolist()
-    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    experts = [weight[k] for k in range(len(parts))]
-    recorder.uses.append((function.name, recorder.owner.name_of(weight), layout_key(layout)))
-    out = call(*args, **kwargs)
-
-    def enter(book: Book, grad: torch.Tensor, kept: torch.Tensor) -> None:
-        for expert, part in zip(experts, parts, strict=True):
-            if part.stop > part.start:
-                own = Picked(ids[part])
-                grads = _positions(grad[part], own, rows)
-                book.add_linear(expert, grads, kept[part], own, True, function.name)
-
-    out = recorder.tap(out, enter, (x,), _parents([x]))
-    recorder.mark(out, layout)
-    return out
-
-
 MEETINGS: dict[str, Any] = {
     "grouped_mm": _meet_grouped,
-    "lstm": _meet_recurrent,
-    "gru": _meet_recurrent,
-    "rnn_tanh": _meet_recurrent,
-    "rnn_relu": _meet_recurrent,
+    "lstm": recurrent,
+    "gru": recurrent,
+    "rnn_tanh": recurrent,
+    "rnn_relu": recurrent,
     "einsum": _meet_einsum,
     "linear": _meet_linear,
     "addmm": _meet_addmm,

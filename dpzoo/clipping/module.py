@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
-from dpzoo.clipping.graph import refuse_unseen
-from dpzoo.clipping.recorder import Enter, Recorder, run_backward
+from dpzoo.clipping.graph import Enter, refuse_unseen
+from dpzoo.clipping.meetings import meet
+from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.clipping.recorder import Recorder, run_backward
+from dpzoo.clipping.units import Units
 from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.opacus_internals import forget_hooks
 
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
@@ -47,8 +48,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             )
         _refuse_model(m)
         for parameter in m.parameters():
-            parameter.__dict__.pop("_forward_counter", None)  # Opacus' hooks' own; not used here
-            parameter.__dict__.pop("grad_sample", None)
+            forget_hooks(parameter)
             setattr(parameter, "summed_grad", None)  # noqa: B010  (not an attribute of tensors)
         self.anchor = torch.zeros((), device=_device(m), requires_grad=True)
         self._book: Book | None = None
@@ -62,7 +62,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._norms: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
         self.nonfinite_rows = 0
-        """Rows so far whose gradient was not finite, and which contributed nothing."""
+        """Units so far (rows, without unit_ids) whose gradient was not finite: they contributed nothing."""
         self._handles: list[RemovableHandle] = [
             m.register_forward_pre_hook(self._begin, with_kwargs=True),
             m.register_forward_hook(self._end, always_call=True),
@@ -83,12 +83,12 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             return
         trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         self._names = trained
-        self._recorder = recorder = Recorder(self, rows)
-        recorder.part = next((t for t in tensors if t.ndim and len(t) == rows), None)
+        self._recorder = recorder = Recorder(self, rows, meet)
+        recorder.inputs = [t for t in tensors if t.ndim and len(t) == rows]
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        for tensor in tensors:
-            if tensor.ndim and tensor.shape[0] == rows and id(tensor) not in trained:
+        for tensor in recorder.inputs:
+            if id(tensor) not in trained:
                 recorder.mark(tensor)
         recorder.__enter__()
         recorder.on = True
@@ -136,12 +136,15 @@ class BookKeepingHooks(AbstractGradSampleHooks):
 
     # --- backward -------------------------------------------------------------------------------
 
-    def backward(self, losses: torch.Tensor, optimizer: BookKeepingOptimizer) -> None:
-        """Add the clipped sum of the rows' gradients to the optimizer's sums.
+    def backward(
+        self, losses: torch.Tensor, optimizer: BookKeepingOptimizer, unit_ids: Any = None
+    ) -> None:
+        """Add the clipped sum of the units' gradients to the optimizer's sums; a unit is a row or several.
 
         Args:
-            losses: the rows' losses, (rows,).
+            losses: the rows' losses, (rows,). A unit's is the mean of its rows'.
             optimizer: gives the clip factors, and keeps the sums.
+            unit_ids: the ids of the rows' units, (rows,); see `dpzoo.clipping.draws.Draws.units`.
 
         Raises:
             InputError: the losses are not one for each row; they come through a reentrant activation
@@ -149,8 +152,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 gradients are not the rows' gradients (see `dpzoo.clipping.verification`).
 
         Guarantees:
-            Row i's share of the sum is its gradient times a factor that depends on row i alone, of
-            norm at most C; a row whose gradient is not finite has share 0.
+            A unit's share of the sum is its gradient times a factor that depends on that unit alone, of
+            norm at most C; a unit whose gradient is not finite has share 0.
         """
         if losses.ndim != 1:
             raise InputError(
@@ -162,10 +165,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             named = [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
             _refuse_hooks(named)
             self._names = {id(p): n for n, p in named}
-            book = self._record(losses, [p for _, p in named])
-            part = None if self._recorder is None else self._recorder.part
+            units = optimizer.draws.units(len(losses), unit_ids)
+            book = self._record(units.mean(losses), [p for _, p in named], units)
+            inputs = [] if self._recorder is None else self._recorder.inputs
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-                made = optimizer.add_rows(book, named, part)
+                made = optimizer.add_rows(book, named, inputs)
         except BaseException:
             optimizer.drop()  # nothing, rather than a part
             optimizer.draws.abandon()
@@ -173,9 +177,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._norms, self._factors, left_out = made
         self.nonfinite_rows += left_out
 
-    def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor]) -> Book:
+    def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor], units: Units) -> Book:
         rows = len(losses)
-        book = Book(rows, parameters)
+        book = Book(rows, parameters, units)
         if not rows or (losses.grad_fn is None and not parameters):
             return book
         if losses.grad_fn is None:
@@ -195,7 +199,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"row of the batch, from one call of the model."
             )
         functions = refuse_unseen(losses, self.name_of, self._names, recorder.mixed)
-        kind = hash((frozenset((*recorder.uses, *self._earlier)), functions, rows > 1))
+        several = rows > 1, units.count > 1
+        kind = hash((frozenset((*recorder.uses, *self._earlier)), functions, several))
         count = self._checked.get(kind, 0) + 1
         # Not the first alone: a layer that starts at zero (LoRA's B, a gate) hides what is below it.
         check = count & (count - 1) == 0
@@ -203,7 +208,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         if check:
             self._verifying = True
             try:
-                checked = Verification(losses, parameters, recorder)
+                checked = Verification(losses, parameters, recorder, units)
             finally:
                 self._verifying = False
         self._book = book
@@ -223,9 +228,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
 
     @property
     def per_sample_gradient_norms(self) -> torch.Tensor:
-        """Norms of the rows of the last backward pass, (rows,). They are NOT private: for debugging."""
+        """Norms of the last backward pass's units, (units,), as they came. NOT private: for debugging."""
         if self._norms is None:
-            # Not an AttributeError: torch would put words of its own in the place of these.
+            # Not an AttributeError: torch would replace these words by its own.
             raise InputError(
                 "per_sample_gradient_norms is not set. Call backward() on the criterion's loss first."
             )
@@ -233,7 +238,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
 
     @property
     def clipped_fraction(self) -> float:
-        """Share of the last backward pass's rows that were clipped. NOT private: for debugging."""
+        """Share of the last backward pass's units that were clipped. NOT private: for debugging."""
         if self._factors is None or len(self._factors) == 0:
             return 0.0
         return float((self._factors < 1).float().mean())

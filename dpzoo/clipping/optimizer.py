@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch.optim import LBFGS, Optimizer
 
+from dpzoo.clipping.book import Book
 from dpzoo.clipping.draws import Draws
 from dpzoo.clipping.noise import NoiseSource
+from dpzoo.clipping.rules import ClippingRule, rule_of
 from dpzoo.errors import InputError
 from dpzoo.factors import upcast
 from dpzoo.ledger import Ledger
-
-if TYPE_CHECKING:
-    from dpzoo.clipping.book import Book
-
-CLIPPINGS = ("flat", "per_layer", "automatic")
+from dpzoo.opacus_internals import (
+    forget_skips,
+    note_step,
+    skipped_last,
+    skips_next,
+    without_noise,
+)
 
 
 class Release:
@@ -98,17 +102,15 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
     Args:
         optimizer: any torch optimizer.
         noise_multiplier: sigma; the noise on each coordinate of the sum is N(0, (sigma C)^2).
-        max_grad_norm: C; for "per_layer" a list, one for each parameter of the optimizer.
+        max_grad_norm: C; for clipping="per_layer" a list, one for each parameter of the optimizer.
         expected_batch_size: what the sum is divided by for "mean".
         loss_reduction: "mean" or "sum".
         generator: a torch generator that fixes the noise: for experiments, it voids the guarantee. By
             default the noise has a secret key; see `dpzoo.clipping.noise`.
         secure_mode: allows no ``generator``; the noise is the default's.
         noise: the source of the noise, instead of both.
-        clipping: "flat": min(1, C / (norm + 1e-6)). "per_layer": the same of each parameter by
-            itself. "automatic": C / (norm + gamma), every row brought to (almost) norm C (Bu et al.
-            2022, arXiv 2206.07136). "adaptive" is `dpzoo.clipping.adaptive`'s.
-        gamma: of automatic clipping.
+        clipping: "flat", "per_layer", "automatic" or "adaptive", or a rule: `dpzoo.clipping.rules`.
+        **kwargs: the rule's arguments, and Opacus'.
 
     The sums of a step are the optimizer's own: ``sums``. A parameter's ``summed_grad`` shows its sum, for
     reading. They are dropped when an exception comes between, when the loader begins again, and when the
@@ -129,28 +131,18 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         loss_reduction: str = "mean",
         generator: Any = None,
         secure_mode: bool = False,
-        clipping: str = "flat",
-        gamma: float = 0.01,
+        clipping: str | ClippingRule = "flat",
         noise: NoiseSource | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_optimizer(optimizer)
-        if clipping not in CLIPPINGS:
-            raise InputError(
-                f"grad_sample_mode='bk' got clipping={clipping!r}, wanted one of {CLIPPINGS}."
-            )
-        self.clipping, self.gamma = clipping, gamma
-        self._shares: list[float] | None = None  # of each parameter in max_grad_norm, per layer
-        if clipping == "per_layer":
-            count = sum(len(group["params"]) for group in optimizer.param_groups)
-            if not isinstance(max_grad_norm, (list, tuple)) or len(max_grad_norm) != count:
-                raise InputError(
-                    f"clipping='per_layer' got max_grad_norm={max_grad_norm!r}, wanted a list of "
-                    f"{count} numbers, one for each parameter of the optimizer."
-                )
-            norms = torch.tensor(max_grad_norm, dtype=torch.float64)
-            max_grad_norm = float(norms.norm())
-            self._shares = (norms / max_grad_norm).tolist()
+        self.rule = rule_of(clipping, kwargs)
+        max_grad_norm = self.rule.start(
+            [p for group in optimizer.param_groups for p in group["params"]],
+            max_grad_norm,
+            noise_multiplier,
+            expected_batch_size,
+        )
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -166,11 +158,13 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         self.sums: dict[torch.Tensor, torch.Tensor] = {}
         self._trained: frozenset[int] = frozenset()  # the parameters of the present sums
         self._clipped_at = 0.0  # the largest norm that a row of the present sums may have
+        self.statistics: Any = None
+        """A `Statistics`, which is shown norms and sums before there is noise in them: not private."""
 
     @property
     def gradient_noise_multiplier(self) -> float:
         """Standard deviation of the gradients' noise in units of the clipping norm."""
-        return self.noise_multiplier
+        return self.rule.gradient_noise(self.noise_multiplier)
 
     def noise_state(self) -> dict[str, Any]:
         """What the noise of the coming steps depends on: secret, as long as the run's data are."""
@@ -192,16 +186,16 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
     # --- sums -----------------------------------------------------------------------------------
 
-    def add_rows(self, book: Book, named: list[tuple[str, torch.Tensor]], part: Any = None) -> Any:
+    def add_rows(self, book: Book, named: list[tuple[str, torch.Tensor]], inputs: Any = ()) -> Any:
         """Add the clipped rows of a backward pass to the sums.
 
         Args:
             book: what the backward pass recorded.
             named: (name, parameter) of all that are trained.
-            part: the batch's first tensor, (rows, ...), or None.
+            inputs: the model's, (rows, ...) each.
 
         Returns:
-            (norms, clip factors or None for several), (rows,) each, and how many rows were left out
+            (norms, clip factors or None for several), (units,) each, and how many units were left out
             because their gradient is not finite.
 
         Raises:
@@ -224,17 +218,19 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 "Parameters were frozen or unfrozen between two parts of one draw, wanted the same to be "
                 "trained in all of them. Change what is trained between steps. The sums are dropped."
             )
-        self.draws.take(book.rows, part)
+        self.draws.take(book.rows, inputs)
         self._trained = trained
         squared = book.squared_norms()
         device = next((v.device for v in squared.values()), torch.device("cpu"))
         total = (
             torch.stack([v.to(device) for v in squared.values()]).sum(0)
             if squared
-            else torch.zeros(book.rows, device=device)
+            else torch.zeros(book.units.count, device=device)
         )
         factors = self.clip_factors(squared, total.sqrt())
         finite = total.isfinite()
+        if self.statistics is not None:
+            self.statistics.see_rows(squared, total.sqrt(), self.max_grad_norm)
         kept = None if bool(finite.all()) else finite
         for parameter in squared:
             weights = factors[parameter if parameter in factors else None].to(parameter.device)
@@ -246,34 +242,28 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
     def drop(self) -> None:
         """Forget the sums, and what a `BatchMemoryManager` has announced."""
         self._forget()
-        self._step_skip_queue.clear()
-        self._is_last_step_skipped = False
+        forget_skips(self)
 
     def _forget(self) -> None:
         for parameter in self.sums:
             setattr(parameter, "summed_grad", None)  # noqa: B010
         self.sums.clear()
+        if self.statistics is not None:
+            self.statistics.begin()
         self._trained, self._clipped_at = frozenset(), 0.0
+        self.rule.forget()
 
     def clip_factors(
         self, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
     ) -> dict[torch.Tensor | None, torch.Tensor]:
-        """The factor of each row, (rows,), under None; or of each row and parameter ("per_layer").
+        """The factor of each unit, (units,), under None; or of each unit and parameter ("per_layer").
 
         Args:
-            squared: parameter -> squared norms of the rows, (rows,).
-            norms: norms of the rows over all parameters, (rows,).
+            squared: parameter -> squared norms of the units, (units,).
+            norms: norms of the units over all parameters, (units,).
         """
         self._clipped_at = max(self._clipped_at, self.max_grad_norm)
-        if self._shares is not None:
-            shares = dict(zip(self._all_parameters(), self._shares, strict=True))
-            return {
-                parameter: _clipped(shares[parameter] * self.max_grad_norm, values.sqrt())
-                for parameter, values in squared.items()
-            }
-        if self.clipping == "automatic":
-            return {None: self.max_grad_norm / (norms + self.gamma)}
-        return {None: _clipped(self.max_grad_norm, norms)}
+        return self.rule.factors(self.max_grad_norm, squared, norms)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients; and the sums, unless a draw's earlier parts were stepped over.
@@ -282,7 +272,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             set_to_none: free ``grad`` (as in torch.optim, and unlike Opacus, the default): the sums
                 of the next batch are new tensors, beside which zeros would be kept for nothing.
         """
-        if not self._is_last_step_skipped and self.sums:
+        if not skipped_last(self) and self.sums:
             self.draws.abandon()
             self._forget()
         self.original_optimizer.zero_grad(set_to_none)
@@ -301,8 +291,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale the sums, unless the step is one of a logical batch's earlier parts."""
-        if self._check_skip_next_step():
-            self._is_last_step_skipped = True
+        if skips_next(self):
             return False
         self.draws.finish()
         if self.sums and self._trained != frozenset(id(p) for p in self.params):
@@ -314,7 +303,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         self.add_noise()
         if self.step_hook:
             self.step_hook(self)
-        self._is_last_step_skipped = False
+        note_step(self)
         return True
 
     def add_noise(self) -> None:
@@ -332,6 +321,8 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         clipped_at = max(self._clipped_at, self.max_grad_norm)
         std = self.gradient_noise_multiplier * clipped_at
         scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
+        if self.statistics is not None:
+            self.statistics.see_sums(grads, std)
         self._noise_in_place(grads, std, scale)
         self._forget()
         for parameter, grad in zip(self.params, grads, strict=True):
@@ -339,8 +330,18 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             parameter.grad = grad.to(parameter.dtype).view_as(parameter)
 
     def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
+        """Noise for the gradients and the rule's counts: one release, of all these sums."""
+        noise, counts = self.release.noise, self.rule.counts()
+        digest = noise.digest([*grads, *counts])
         step = self.release.begin(self.noise_multiplier)
-        self.release.commit(self.release.noise.add(grads, std, scale, step=step))
+        names = [noise.add(grads, std, scale, step=step, digest=digest)]
+        if counts:
+            count_std = self.rule.count_std if self.noise_multiplier else 0.0
+            names.append(noise.add(counts, count_std, step=step, digest=digest, domain="count"))
+        self.release.commit(*names)
+        self.max_grad_norm = self.rule.next_norm(
+            self.max_grad_norm, counts, self.expected_batch_size
+        )
 
     def _all_parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -398,21 +399,11 @@ class OpacusStep:
         """As Opacus', with noise from the release's source."""
         own: Any = self
         self.draws.finish()
-        adjusted = getattr(own, "_adjusted_noise_multiplier", None)
-        sigma = own.noise_multiplier
-        std = float((sigma if adjusted is None else adjusted) * own.max_grad_norm)
-        own.noise_multiplier = 0.0
-        if adjusted is not None:
-            own._adjusted_noise_multiplier = 0.0
-        try:
+        with without_noise(own) as std:
             super().add_noise()  # type: ignore[misc]
-        finally:
-            own.noise_multiplier = sigma
-            if adjusted is not None:
-                own._adjusted_noise_multiplier = adjusted
         if getattr(own, "rank", 0) != 0:
             return
-        step = self.release.begin(sigma)
+        step = self.release.begin(own.noise_multiplier)
         whole = [upcast(p.grad) for p in own.params]
         # One process's part does not determine the sum of all: its noise is fresh at each step.
         digest = secrets.token_bytes(32) if hasattr(own, "rank") else None
@@ -426,8 +417,7 @@ class OpacusStep:
         for parameter in own.params:
             parameter.summed_grad = None
             parameter.grad_sample = None
-        own._step_skip_queue.clear()
-        own._is_last_step_skipped = False
+        forget_skips(own)
 
 
 def with_release(
@@ -446,8 +436,3 @@ def source_of(generator: torch.Generator | None) -> NoiseSource:
         return NoiseSource()
     drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
     return NoiseSource.insecure(int(drawn))
-
-
-def _clipped(max_grad_norm: float, norms: torch.Tensor) -> torch.Tensor:
-    """Opacus' clip factor: min(1, C / (norm + 1e-6))."""
-    return (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import _engine_run_backward
@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.functions import FIRST_ONLY, FUNCTIONS, PLAIN, Function, resolve, tensors_in
+from dpzoo.clipping.graph import TAP, Enter, Tap, inputs_of, walk
 from dpzoo.clipping.layout_rules import order_of
 from dpzoo.clipping.layouts import (
     FIRST,
@@ -55,42 +56,21 @@ from dpzoo.clipping.layouts import (
     rows_first,
     shifted,
 )
-from dpzoo.clipping.meetings import MEETINGS, Meeting, row_by_row
 from dpzoo.errors import InputError, UnsupportedModelError
 
 PICKING = ("getitem", "unbind", "select", "split", "chunk")
 """Functions that take single rows out of a batch: not alone a reason to refuse what a row computes."""
 
-Enter = Callable[..., None]
 
+class Meeting(NamedTuple):
+    """A call of a torch function with rows and shared tensors."""
 
-class Tap(torch.autograd.Function):
-    """The identity on one or several tensors; its backward calls ``enter`` with their gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: torch.Tensor, owner: Any, enter: Enter, count: int, *tensors: torch.Tensor
-    ) -> Any:
-        """The first ``count`` of ``tensors``, with an edge to ``anchor``; the rest is kept for backward.
-
-        The outputs share memory with the inputs and are no views of them, so that a model may change
-        them in place. The tapped functions keep nothing of their outputs for their own backward.
-        """
-        ctx.save_for_backward(*tensors[count:])
-        ctx.owner, ctx.enter, ctx.inputs = owner, enter, len(tensors)
-        ctx.parents = ()
-        outputs = tuple(tensor.data for tensor in tensors[:count])
-        return outputs[0] if count == 1 else outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """Pass the gradients through, and record the use."""
-        ctx.owner.enter(ctx.enter, grads, ctx.saved_tensors)
-        return (None, None, None, None, *grads, *(None,) * (ctx.inputs - len(grads)))
-
-
-TAP: Any = getattr(Tap, "_backward_cls")  # noqa: B009  (not an attribute that torch declares)
-"""Class of a tap's node in the autograd graph."""
+    function: Function
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rowed: list[torch.Tensor]
+    shared: list[torch.Tensor]
 
 
 class Recorder(TorchFunctionMode):
@@ -100,11 +80,12 @@ class Recorder(TorchFunctionMode):
         owner: has ``anchor``, a scalar that needs a gradient, and ``enter(enter, grads, saved)``, which
             a tap's backward calls.
         rows: of the batch.
+        meet: runs a function of rows and shared tensors: `dpzoo.clipping.meetings.meet`.
     """
 
-    def __init__(self, owner: Any, rows: int) -> None:
+    def __init__(self, owner: Any, rows: int, meet: Callable[[Recorder, Meeting], Any]) -> None:
         super().__init__()
-        self.owner, self.rows = owner, rows
+        self.owner, self.rows, self._meet = owner, rows, meet
         self.uses: list[Any] = []
         """What met what, in which layout: equal for two batches that are recorded in the same way."""
         self.guessed = False
@@ -113,7 +94,7 @@ class Recorder(TorchFunctionMode):
         self.mixed: list[tuple[Any, str]] = []
         """Nodes of outputs in which rows were combined, and the function that combined them."""
         self._met: list[tuple[Any, int, str]] = []
-        self.part: torch.Tensor | None = None
+        self.inputs: list[torch.Tensor] = []  # those with the batch's rows in front
         """The first tensor of the batch, (rows, ...)."""
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
         self._classes: dict[Any, bool] = {}
@@ -186,7 +167,10 @@ class Recorder(TorchFunctionMode):
                     f"the batch were combined by {self.layout_of(tensor).function}, wanted rows that do "
                     f"not meet: what one row computes must not depend on another."
                 )
-        return self._meet(Meeting(entry, func, args, kwargs, rowed, shared))
+        for z in shared:
+            if z.grad_fn is not None:
+                self._met.append((weakref.ref(z), z._version, entry.name))
+        return self._meet(self, Meeting(entry, func, args, kwargs, rowed, shared))
 
     def propagate(
         self,
@@ -412,23 +396,14 @@ class Recorder(TorchFunctionMode):
 
     def _has_rows(self, tensor: torch.Tensor) -> bool:
         """Whether an unmarked tensor has taps below it: it came from rows, by a way that is not seen."""
+
+        def ways(node: Any) -> Iterable[Any]:
+            return () if self._classes.get(node) is False else inputs_of(node)
+
         root = tensor.grad_fn
-        if root in self._classes:
-            return self._classes[root]
-        seen, ahead, found = set(), [root], False
-        while ahead:
-            node = ahead.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if isinstance(node, TAP):
-                found = True
-                break
-            if self._classes.get(node) is False:
-                continue
-            ahead.extend(following for following, _ in node.next_functions)
-        self._classes[root] = found
-        return found
+        if root not in self._classes:
+            self._classes[root] = any(isinstance(node, TAP) for node in walk(root, ways))
+        return self._classes[root]
 
     def _recover(self, tensor: torch.Tensor, name: str) -> None:
         """Guess the layout of a tensor that came from rows by a function that no mode sees."""
@@ -467,30 +442,19 @@ class Recorder(TorchFunctionMode):
 
     # --- rows meet parameters -------------------------------------------------------------------
 
-    def _meet(self, met: Meeting) -> Any:
-        for z in met.shared:
-            if z.grad_fn is not None:
-                self._met.append((weakref.ref(z), z._version, met.function.name))
-        meet = MEETINGS.get(met.function.name)
-        if meet is not None:
-            try:
-                return meet(self, met)
-            except Unknown:
-                pass
-        return row_by_row(self, met)
-
     def tap(
         self,
         outputs: Any,
         enter: Enter,
         saved: tuple[torch.Tensor, ...] = (),
-        parents: tuple[Any, ...] = (),
+        rowed: Iterable[torch.Tensor] = (),
     ) -> Any:
-        """Tap tensors; see `Tap`."""
+        """Tap tensors, computed from those with rows in ``rowed``; see `Tap`."""
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         tapped = Tap.apply(self.owner.anchor, self.owner, enter, len(outputs), *outputs, *saved)
         node: Any = (tapped if isinstance(tapped, torch.Tensor) else tapped[0]).grad_fn
-        node.parents, node.rows = parents, self.rows
+        node.parents = tuple(x.grad_fn for x in rowed if x.grad_fn is not None)
+        node.rows = self.rows
         return tapped
 
     def expanded(
@@ -540,9 +504,8 @@ class Recorder(TorchFunctionMode):
         own = layout if isinstance(layout, Picked) else layout._replace(dim=dim)
         same = z.stride(dim) == 0 or dim in (known(z, SAME) or ())
         one = z.narrow(dim, 0, 1) if same else z
-
-        looked_up = known(z, LOOKED_UP) if dim == 0 else None
-        if looked_up is not None and looked_up[1].shape != z.shape[:1]:
+        looked_up = known(z, LOOKED_UP)
+        if looked_up is not None and dim >= looked_up[1].ndim:  # a feature for each row
             looked_up = None
 
         def enter(book: Book, grad: torch.Tensor) -> None:
@@ -595,3 +558,11 @@ def run_backward(
 def target_like(target: torch.Tensor, rowed: list[torch.Tensor]) -> torch.Tensor:
     """The tensor with rows whose layout an in-place target is guessed from."""
     return next((x for x in rowed if x.shape == target.shape), rowed[0])
+
+
+def mixing_error(name: str) -> InputError:
+    """The error for a function that combines rows."""
+    return InputError(
+        f"{name} combines rows of the batch, wanted each row by itself: what one row computes must not "
+        f"depend on another."
+    )

@@ -1,10 +1,10 @@
 """The check of a backward pass against autograd, with a weight for each row.
 
 For weights w_i drawn at random, autograd's gradient of sum_i w_i loss_i is sum_i w_i G_i, where G_i is
-the gradient of row i's loss. The recorded uses give the same sum, if every use was recorded, and if each
-was given to the row that it is of: were any part of G_i given to another row, the sums would differ, but
-for weights in a set of measure zero. So one ordinary backward pass checks both, whatever the model does,
-and it finds losses that depend on other rows' activations, too.
+the gradient of row i's loss. (Rows of one unit have one weight.) The recorded uses give the same sum, if
+every use was recorded, and if each was given to the row that it is of: were any part of G_i given to
+another row, the sums would differ, but for weights in a set of measure zero. So one ordinary backward pass
+checks both, whatever the model does, and it finds losses that depend on other rows' activations, too.
 
 It is done for the first batch of each kind, the second, the fourth, the eighth and so on: functions of the
 graph, parameters and the places of rows, not sizes. Where a place was guessed from sizes, these are part of
@@ -19,9 +19,11 @@ from contextlib import contextmanager
 
 import torch
 
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.book import Book, shape_of
 from dpzoo.clipping.recorder import Recorder, run_backward
+from dpzoo.clipping.units import Units
 from dpzoo.errors import InputError
+from dpzoo.factors import DenseGrads, EmbeddingFactors, LinearFactors, upcast
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 """Of the difference, relative to the norms of the rows' gradients in the parameter. What the check looks
@@ -47,14 +49,19 @@ class Verification:
         losses: the rows' losses, (rows,), whose graph is kept.
         parameters: all that are trained.
         recorder: of the forward pass.
+        units: of the rows.
     """
 
     def __init__(
-        self, losses: torch.Tensor, parameters: list[torch.Tensor], recorder: Recorder
+        self,
+        losses: torch.Tensor,
+        parameters: list[torch.Tensor],
+        recorder: Recorder,
+        units: Units,
     ) -> None:
         draws = torch.Generator().manual_seed(int.from_bytes(b"rows", "big"))
-        signs = torch.tensor([1.0, -1.0]).repeat(len(losses) // 2 + 1)[: len(losses)]
-        weights = (torch.rand(len(losses), generator=draws, dtype=torch.float64) + 0.5) * signs
+        signs = torch.tensor([1.0, -1.0]).repeat(units.count // 2 + 1)[: units.count]
+        weights = (torch.rand(units.count, generator=draws, dtype=torch.float64) + 0.5) * signs
         self.weights = weights.to(losses.device)
         self.autocast = recorder.autocast
         self._expected: dict[torch.Tensor, tuple[float, torch.Tensor, torch.dtype]] = {}
@@ -63,14 +70,14 @@ class Verification:
             grad, parameter.grad = parameter.grad, None
             assert grad is not None
             with _plain(grad):
-                self._expected[parameter] = float(grad.norm()), _sketch(grad), grad.dtype
+                self._expected[parameter] = _norm(grad), _sketch(grad), grad.dtype
 
         before = [p.grad for p in parameters]
         handles = [p.register_post_accumulate_grad_hook(note) for p in parameters]
         try:
             for p in parameters:
                 p.grad = None
-            total = (losses * self.weights.to(losses.dtype)).sum()
+            total = (losses * units.to_rows(self.weights).to(losses.dtype)).sum()
             run_backward(recorder, total, None, retain_graph=True)
         finally:
             for handle in handles:
@@ -88,7 +95,7 @@ class Verification:
 
         Args:
             book: what was recorded.
-            squared: parameter -> squared norms of the rows, (rows,).
+            squared: parameter -> squared norms of the units, (units,).
             name_of: a parameter's name.
 
         Returns:
@@ -113,9 +120,9 @@ class Verification:
                     )
                 continue
             with _plain(parameter):
-                wide = torch.promote_types(dtype, torch.float32)
-                got = book.close(parameter, self.weights.to(wide), forget=False)
-                off = float((_sketch(got) - sketch).square().mean().sqrt())
+                weights = self.weights.to(torch.promote_types(dtype, torch.float32))
+                got = _recorded(book, parameter, weights)
+                off = float((got - sketch).square().mean().sqrt())
             # Rows' gradients may cancel in the sum; its rounding goes by the norms of the rows.
             scale = max(norms[parameter], size)
             if off > tolerance * scale + rounding:
@@ -142,10 +149,43 @@ def _plain(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def _norm(grad: torch.Tensor) -> float:
+    return float((grad.coalesce().values() if grad.is_sparse else grad).norm())
+
+
 def _sketch(grad: torch.Tensor) -> torch.Tensor:
     """Random products of a gradient, (SKETCHES,), whose mean square is about its squared norm."""
-    matrix = grad.reshape(len(grad) if grad.ndim else 1, -1)
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    draws = torch.Generator().manual_seed(matrix.numel())
-    left, right = (torch.randn(SKETCHES, size, generator=draws).to(matrix) for size in matrix.shape)
-    return ((matrix @ right.t()).t() * left).sum(1).double()
+    size = len(grad) if grad.ndim else 1
+    left, right = _sides(grad, size)
+    if grad.is_sparse:  # of an embedding
+        values = upcast(grad._values())
+        return ((values @ right.t()) * left.t()[grad._indices()[0]]).double().sum(0)
+    return ((upcast(grad.reshape(size, -1)) @ right.t()).t() * left).sum(1).double()
+
+
+def _sides(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random vectors for gradients of a shape, (SKETCHES, size) and (SKETCHES, the rest)."""
+    draws = torch.Generator().manual_seed(like.numel())
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    left, right = (
+        torch.randn(SKETCHES, n, generator=draws).to(like.device, dtype)
+        for n in (size, like.numel() // max(size, 1))
+    )
+    return left, right
+
+
+def _recorded(book: Book, parameter: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same products of a recorded weighted sum; of factors without forming it, (SKETCHES,)."""
+    size = len(parameter) if parameter.ndim else 1
+    uses = book.weighted_uses(parameter, weights)
+    if not uses or any(isinstance(u, DenseGrads) or shape_of(u)[0] != size for u, _ in uses):
+        return _sketch(book.close(parameter, weights, forget=False))
+    left, right = _sides(parameter, size)
+    total = torch.zeros(SKETCHES, dtype=torch.float64, device=parameter.device)
+    for use, own in uses:
+        if isinstance(use, LinearFactors):
+            sides = use.grads @ left.t().to(use.grads), use.inputs @ right.t().to(use.inputs)
+        elif isinstance(use, EmbeddingFactors):
+            sides = left.t()[use.ids].to(use.grads), use.grads @ right.t().to(use.grads)
+        total += (sides[0] * sides[1] * own.view(-1, 1, 1)).double().sum((0, 1))
+    return total

@@ -1,7 +1,7 @@
 """Per-sample gradients of `LMHead`, the vocabulary projection tied to the token embedding.
 
 Forward runs embedding, then head; backward runs head, then embedding. Opacus counts the forwards
-of a parameter in ``_forward_counter`` and, in hooks mode, adds what each use returns; in ghost mode
+of a parameter and, in hooks mode, adds what each use returns; in ghost mode
 it keeps only what the last one returns, which would lose the head's part of the norm. So the head
 defers: while a use of the weight is still to come, it leaves its inputs and gradients with the
 parameter and returns nothing for it, and the embedding's sampler, which comes last, accounts for
@@ -22,6 +22,7 @@ from dpzoo.errors import UnsupportedModelError
 from dpzoo.factors import LayerInput, LinearFactors, upcast
 from dpzoo.grad_samplers.wide import without_autocast
 from dpzoo.layers.lm_head import LMHead
+from dpzoo.opacus_internals import counts_uses, uses_left
 
 _DEFERRED = "_dpzoo_deferred_uses"
 
@@ -33,10 +34,10 @@ def take_deferred(layer: nn.Module) -> list[LinearFactors]:
 
 def _deferred_to(layer: LMHead) -> torch.Tensor | nn.Module | None:
     """Where a use waits for the embedding's sampler; None if that will not be asked for this pass."""
-    forwards = getattr(layer.weight, "_forward_counter", 0)
+    forwards = uses_left(layer.weight)
     if forwards:
         return layer.weight if forwards > 1 else None
-    if not hasattr(layer, "_forward_counter"):
+    if not counts_uses(layer):
         return None
     if layer.table is None or layer.table.weight is not layer.weight:
         raise UnsupportedModelError(
@@ -44,7 +45,7 @@ def _deferred_to(layer: LMHead) -> torch.Tensor | nn.Module | None:
             "group. Call model.tie_weights(), and then fully_shard([model.get_input_embeddings(), "
             "model.get_output_embeddings()]), before the rest of the model is sharded."
         )
-    return layer.table if getattr(layer.table, "_forward_counter", 0) else None
+    return layer.table if uses_left(layer.table) else None
 
 
 @register_grad_sampler(LMHead)

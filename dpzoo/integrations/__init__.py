@@ -7,6 +7,9 @@ import importlib.util
 
 try:
     from dpzoo.integrations.arguments import PrivacyArguments
+    from dpzoo.integrations.callbacks import StatisticsCallback
+    from dpzoo.integrations.card import PrivacyCard
+    from dpzoo.integrations.plan import Plan
     from dpzoo.integrations.trainer import DPTrainer
 except ImportError as error:  # transformers speaks of a class of its own, not of what it misses
     if importlib.util.find_spec("accelerate") is None:
@@ -16,4 +19,4 @@ except ImportError as error:  # transformers speaks of a class of its own, not o
         ) from error
     raise
 
-__all__ = ["DPTrainer", "PrivacyArguments"]
+__all__ = ["DPTrainer", "Plan", "PrivacyArguments", "PrivacyCard", "StatisticsCallback"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from pathlib import Path
@@ -42,15 +43,10 @@ class Account:
         """Set the noise multiplier: the one given, or the least that keeps the target after ``steps``."""
         self.noise_multiplier = privacy.noise_multiplier
         if privacy.target_epsilon is not None:
-            self.noise_multiplier = float(
-                get_noise_multiplier(
-                    target_epsilon=privacy.target_epsilon,
-                    target_delta=self.delta,
-                    sample_rate=self.sample_rate,
-                    steps=steps,
-                    accountant=privacy.accountant,
-                )
-            )
+            assert self.delta is not None
+            assert self.sample_rate is not None
+            terms = privacy.target_epsilon, self.delta, self.sample_rate, steps
+            self.noise_multiplier = noise_for(privacy.accountant, *terms)
 
     @property
     def history(self) -> History:
@@ -133,3 +129,17 @@ class Account:
             ledger=self.ledger.head,
             files=files,
         )
+
+
+@functools.lru_cache(maxsize=64)  # the search takes seconds, and a plan and its run ask alike
+def noise_for(mechanism: str, epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """The least noise multiplier that keeps epsilon after ``steps``, by one of Opacus' accountants."""
+    return float(
+        get_noise_multiplier(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            sample_rate=rate,
+            steps=steps,
+            accountant=mechanism,
+        )
+    )

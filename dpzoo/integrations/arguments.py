@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +20,16 @@ ACCOUNTANTS = ("prv", "rdp")
 
 @dataclass
 class PrivacyArguments:
-    """The privacy of a training run.
+    """The privacy of a training run. Parses beside TrainingArguments in one HfArgumentParser.
 
     Args:
         target_epsilon: the epsilon to end with, at most, after the run's last step; the noise follows
             from it. Exactly one of it and ``noise_multiplier`` is given.
         noise_multiplier: sigma. The noise on each coordinate of a clipped sum is
-            N(0, (sigma * max_grad_norm)^2); 0 is for tests, and epsilon is then infinite.
-        target_delta: delta; None for 1 / rows of the training data, its largest value allowed.
-        max_grad_norm: C, the norm that a row's gradient is clipped to. Not the field of the same name
-            in `transformers.TrainingArguments`, which has no place in a private run.
+            N(0, (sigma * clipping_norm)^2); 0 is for tests, and epsilon is then infinite.
+        target_delta: delta; None for 1 / rows (or units) of the training data, its largest value allowed.
+        clipping_norm: C, the norm that a row's gradient is clipped to. It was called max_grad_norm, a name
+            that `transformers.TrainingArguments` has too; the old name is taken, with a warning.
         grad_sample_mode: "bk" (book-keeping, of `dpzoo.PrivacyEngine`), "ghost" or "hooks" (Opacus').
         clipping: "flat", or, in mode "bk", "automatic" (every row brought to norm C, nearly).
         accountant: "prv" or "rdp", of Opacus.
@@ -36,6 +38,12 @@ class PrivacyArguments:
         noise_seed: seed of noise and batches, for tests. Whoever knows it can subtract the noise; None,
             the default, takes one from the operating system, whatever ``TrainingArguments.seed`` is.
         poisson_sampling: True. The accountants hold for nothing else.
+        unit_column: the column of the training data that says whose a row is (a user, a document, a
+            household), in mode "bk". Rows with equal ids are one unit: drawn together, clipped as one, and
+            epsilon is for adding or removing all of them. It is not given to the collator. None: the unit
+            is the row.
+        max_rows_per_unit: of a unit with more rows a step takes so many, chosen afresh; None for all.
+        tuned: for the privacy card, in a sentence: which hyper-parameters were chosen, on which data.
 
     Raises:
         InputError: a value out of range, or a combination that cannot be honoured.
@@ -44,13 +52,16 @@ class PrivacyArguments:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     target_delta: float | None = None
-    max_grad_norm: float = 0.1
+    clipping_norm: float = 0.1
     grad_sample_mode: str = "bk"
     clipping: str = "flat"
     accountant: str = "prv"
     secure_mode: bool = False
     noise_seed: int | None = None
     poisson_sampling: bool = True
+    unit_column: str | None = None
+    max_rows_per_unit: int | None = None
+    tuned: str | None = None
 
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
@@ -62,7 +73,7 @@ class PrivacyArguments:
         self._refuse("target_epsilon", "a number above 0", lambda v: v is None or v > 0)
         self._refuse("noise_multiplier", "0 or more", lambda v: v is None or v >= 0)
         self._refuse("target_delta", "between 0 and 1", lambda v: v is None or 0 < v < 1)
-        self._refuse("max_grad_norm", "a number above 0", lambda v: 0 < v < float("inf"))
+        self._refuse("clipping_norm", "a number above 0", lambda v: 0 < v < float("inf"))
         self._refuse("grad_sample_mode", f"one of {MODES}", lambda v: v in MODES)
         self._refuse("accountant", f"one of {ACCOUNTANTS}", lambda v: v in ACCOUNTANTS)
         kinds = ("flat", "automatic") if self.grad_sample_mode == "bk" else ("flat",)
@@ -71,6 +82,21 @@ class PrivacyArguments:
         self._refuse("poisson_sampling", "True: the accountants assume it", lambda v: v is True)
         wanted = "None with secure_mode=True, whose random numbers have no seed"
         self._refuse("noise_seed", wanted, lambda v: v is None or not self.secure_mode)
+        wanted = "None outside grad_sample_mode='bk', which alone clips a unit's rows as one"
+        self._refuse("unit_column", wanted, lambda v: v is None or self.grad_sample_mode == "bk")
+        wanted = (
+            "None without unit_column, and a whole number above 0 with it, or None for all rows"
+        )
+        self._refuse(
+            "max_rows_per_unit",
+            wanted,
+            lambda v: v is None or (self.unit_column is not None and v >= 1),
+        )
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The old name of ``clipping_norm``."""
+        return self.clipping_norm
 
     def _refuse(self, field: str, wanted: str, fits: Callable[[Any], bool]) -> None:
         value = getattr(self, field)
@@ -78,7 +104,7 @@ class PrivacyArguments:
             raise InputError(f"PrivacyArguments got {field}={value!r}, wanted {wanted}.")
 
     def delta(self, rows: int) -> float:
-        """The run's delta for a data set of ``rows`` rows.
+        """The run's delta for a data set of ``rows`` rows, or units.
 
         Raises:
             InputError: ``target_delta`` is above 1 / rows: a run that publishes a row picked at random
@@ -93,6 +119,32 @@ class PrivacyArguments:
                 f"most 1/{rows} = {largest:.3g}. Leave it out, or give a smaller one."
             )
         return self.target_delta
+
+
+def _old_name(init: Callable[..., None]) -> Callable[..., None]:
+    """``PrivacyArguments.__init__``, which takes max_grad_norm for clipping_norm."""
+
+    @functools.wraps(init)
+    def taken(self: PrivacyArguments, *args: Any, **given: Any) -> None:
+        if "max_grad_norm" in given:
+            warnings.warn(
+                "PrivacyArguments.max_grad_norm is called clipping_norm now: TrainingArguments has a field "
+                "of the old name. Rename it; the old name will go.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            if "clipping_norm" in given:
+                raise InputError(
+                    "PrivacyArguments got max_grad_norm and clipping_norm, two names of one value; "
+                    "wanted clipping_norm alone."
+                )
+            given["clipping_norm"] = given.pop("max_grad_norm")
+        init(self, *args, **given)
+
+    return taken
+
+
+setattr(PrivacyArguments, "__init__", _old_name(PrivacyArguments.__init__))  # noqa: B010
 
 
 # --- TrainingArguments --------------------------------------------------------------------------
@@ -151,7 +203,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_grad_norm": (
         lambda a: a.max_grad_norm not in (None, 0, 1),  # 1.0 is the default: nobody's choice
         "0 (or the default, which is not applied): it would clip the noised gradient. The norm that "
-        "rows are clipped to is PrivacyArguments.max_grad_norm",
+        "rows are clipped to is PrivacyArguments.clipping_norm",
     ),
     "hub_strategy": (
         lambda a: a.push_to_hub and "checkpoint" in str(getattr(a.hub_strategy, "value", "")),
@@ -246,7 +298,8 @@ def settings_of(
     settings |= {
         f"PrivacyArguments.{key}": value
         for key, value in vars(privacy).items()
-        if key != "noise_seed"  # a secret, and not used again: the state of the noise goes on
+        # The seed is a secret, and not used again: the state of the noise goes on.
+        if key not in ("noise_seed", "tuned")
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings | more, default=str))
     return plain

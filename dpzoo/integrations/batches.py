@@ -21,12 +21,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from dpzoo.clipping.units import UnitRows, keyed_choice
+from dpzoo.data import rows_of
+
 
 class PoissonBatches(Sampler[list[int]]):
     """Batches in which every row is with probability ``sample_rate``, independently of all else.
 
     Args:
-        rows: rows of the data set.
+        rows: rows of the data set; or units, which are drawn in the same way.
         sample_rate: the probability, in (0, 1].
         steps: batches in an epoch.
         key: 128 bits, secret. Step t takes its numbers from the Philox generator with this key whose
@@ -76,14 +79,14 @@ class PoissonBatches(Sampler[list[int]]):
 
 
 class LogicalBatches(Dataset[Any]):
-    """A data set whose batches come collated, in parts of at most ``physical`` rows.
+    """A data set whose batches come collated, in parts of at most ``physical`` rows, of whole units.
 
     Args:
-        dataset: the rows.
+        dataset: the rows, or the units, of which none has more than ``physical`` rows.
         collate: a list of rows -> a dict of tensors.
         physical: rows that a part has at most.
         key: secret; what loading and collating draw from Python's, numpy's and torch's global generators
-            follows from it and from the step's number.
+            follows from it and from the step's number, and so does which rows of a unit are taken.
     """
 
     def __init__(
@@ -95,18 +98,24 @@ class LogicalBatches(Dataset[Any]):
         return len(self.dataset)
 
     def __getitems__(self, batch: list[int]) -> dict[str, Any]:
-        """``{"step": number, "rows": drawn, "parts": [collated, ...]}``; an empty batch has no parts."""
-        step, *indices = batch
-        with seeded(self.key, step, 0):
-            cuts = range(0, len(indices), self.physical)
-            chunks = [indices[start : start + self.physical] for start in cuts]
-            parts = [self.collate(self._rows(chunk)) for chunk in chunks]
-        return {"step": step, "rows": len(indices), "parts": parts}
+        """``{"step": number, "rows": drawn, "units": as `Draw` has them, "parts": [collated, ...]}``.
 
-    def _rows(self, indices: list[int]) -> list[Any]:
-        if hasattr(self.dataset, "__getitems__"):
-            return list(self.dataset.__getitems__(indices))
-        return [self.dataset[index] for index in indices]
+        An empty batch has no parts.
+        """
+        step, *drawn = batch
+        of, units = self.dataset, None
+        chosen = [[index] for index in drawn]
+        if isinstance(of, UnitRows):
+            units, choose = of.draw(drawn), keyed_choice(self.key, step)
+            chosen, of = [of.chosen(unit, choose) for unit in units], of.dataset
+        cuts: list[list[int]] = []
+        for rows in chosen:
+            if not cuts or len(cuts[-1]) + len(rows) > self.physical:
+                cuts.append([])
+            cuts[-1].extend(rows)
+        with seeded(self.key, step, 0):
+            parts = [self.collate(rows_of(of, cut)) for cut in cuts]
+        return {"step": step, "rows": sum(map(len, chosen)), "units": units, "parts": parts}
 
 
 def batch_key(seed: int | None) -> int:
@@ -115,6 +124,21 @@ def batch_key(seed: int | None) -> int:
         return secrets.randbits(128)
     low, high = np.random.SeedSequence([seed, 2]).generate_state(2, np.uint64).tolist()
     return int(high << 64 | low)
+
+
+class Without:
+    """A collator that does not see a column.
+
+    Args:
+        column: its name.
+        collate: a list of rows -> a batch.
+    """
+
+    def __init__(self, column: str, collate: Callable[[list[Any]], Any]) -> None:
+        self.column, self.collate = column, collate
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return self.collate([{k: v for k, v in row.items() if k != self.column} for row in rows])
 
 
 def identity(batch: Any) -> Any:

@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from dpzoo.clipping.units import UnitRows
 from dpzoo.conversion import convert
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
+from dpzoo.modes import MODES
 
 
 def base_of(model: Any) -> Any:
@@ -35,7 +37,7 @@ def per_sample(model: Any, mode: str) -> nn.Module:
     if isinstance(base, PerSampleModel):
         return model
     if base is not model:
-        if mode == "bk":
+        if MODES[mode].own:
             return model
         raise UnsupportedModelError(
             f"DPTrainer got a {type(model).__name__} around a {type(base).__name__} in "
@@ -45,17 +47,17 @@ def per_sample(model: Any, mode: str) -> nn.Module:
     try:
         return convert(model)
     except UnsupportedModelError:
-        if mode == "bk":
+        if MODES[mode].own:
             return model
         raise
 
 
 def length_of(dataset: Any, logical: int) -> int:
-    """Rows of a training set.
+    """Rows of a training set, or units.
 
     Args:
-        dataset: the rows.
-        logical: the expected rows of a batch.
+        dataset: the rows, or the units.
+        logical: the expected number of them in a batch.
 
     Raises:
         InputError: a data set without a length, or with fewer rows than a batch.
@@ -66,9 +68,10 @@ def length_of(dataset: Any, logical: int) -> int:
             f"length, and rows by index: Poisson sampling chooses among all of them."
         )
     if len(dataset) < logical:
+        what = "units" if isinstance(dataset, UnitRows) else "rows"
         raise InputError(
             f"DPTrainer got a logical batch (per_device_train_batch_size * "
-            f"gradient_accumulation_steps) of {logical} rows for {len(dataset)} training rows, wanted "
+            f"gradient_accumulation_steps) of {logical} {what} for {len(dataset)} training {what}, wanted "
             f"at most as many. Lower gradient_accumulation_steps."
         )
     return len(dataset)

@@ -13,6 +13,8 @@ from dpzoo.clipping import PrivacyEngine
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
+from dpzoo.modes import MODES
+from dpzoo.opacus_internals import leave_rows
 
 
 class RowLosses:
@@ -34,8 +36,8 @@ class PrivateStep:
         optimizer: a torch optimizer of (some of) its parameters.
         privacy: the run's.
         noise_multiplier: the run's.
-        rows: of the training data.
-        logical: the expected rows of a batch.
+        rows: of the training data; or units.
+        logical: the expected rows, or units, of a batch.
         device: the model's.
 
     Raises:
@@ -65,7 +67,7 @@ class PrivateStep:
             criterion=RowLosses(),
             data_loader=counted,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
+            max_grad_norm=privacy.clipping_norm,
             grad_sample_mode=privacy.grad_sample_mode,
             clipping=privacy.clipping,
             wrap_model=False,
@@ -78,11 +80,11 @@ class PrivateStep:
         if privacy.noise_seed is not None:
             self.release.noise = NoiseSource.insecure(privacy.noise_seed)
 
-    def begin(self, rows: int) -> None:
-        """A step on a draw of so many rows begins: forget the last step's gradients."""
+    def begin(self, rows: int, units: dict[int, int] | None = None) -> None:
+        """A step on a draw begins, of arguments as `Draw`: forget the last step's gradients."""
         self.optimizer.zero_grad()
         self.optimizer.draws.restart()
-        self.optimizer.draws.begin(rows)
+        self.optimizer.draws.begin(rows, units)
 
     def end_part(self, *, last: bool) -> None:
         """Add up a part's clipped sum, after its backward pass; the last one's is left to the step."""
@@ -94,10 +96,9 @@ class PrivateStep:
     def nothing(self) -> None:
         """In the place of parts: the sum of no rows, to which the step adds its noise."""
         for parameter in self.optimizer.params:
-            if self._mode == "ghost":
-                parameter.grad = torch.zeros_like(parameter)
-            elif self._mode == "hooks":
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+            if not MODES[self._mode].own:
+                none = parameter.new_zeros((0, *parameter.shape))
+                leave_rows(parameter, self._mode == "ghost", none)
 
     def noise_state(self) -> dict[str, Any]:
         """What the noise of the coming steps depends on: secret."""

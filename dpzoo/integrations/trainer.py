@@ -8,26 +8,44 @@ schedules, callbacks and the progress bar count logical steps.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from dpzoo.accounting import epsilon_of
 from dpzoo.clipping import PrivacyEngine
+from dpzoo.clipping.units import UnitRows
 from dpzoo.errors import InputError
 from dpzoo.integrations.accounting import Account
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
-from dpzoo.integrations.batches import LogicalBatches, PoissonBatches, batch_key, identity, seeded
+from dpzoo.integrations.batches import (
+    LogicalBatches,
+    PoissonBatches,
+    Without,
+    batch_key,
+    identity,
+    seeded,
+)
+from dpzoo.integrations.card import UNPUBLISHED, PrivacyCard, publishable
 from dpzoo.integrations.inputs import base_of, length_of, per_sample
+from dpzoo.integrations.plan import Plan, cost_of, fixed_bytes
 from dpzoo.integrations.state import (
     PrivacyState,
     digests,
@@ -46,7 +64,7 @@ class DPTrainer(Trainer):
     """`transformers.Trainer` with DP-SGD: per-row clipping, noise, Poisson sampling, accounting.
 
         trainer = DPTrainer(model=model, args=args, train_dataset=rows, eval_dataset=held_out,
-                            privacy=PrivacyArguments(target_epsilon=8.0, max_grad_norm=0.1))
+                            privacy=PrivacyArguments(target_epsilon=8.0, clipping_norm=0.1))
         trainer.train()
 
     The logical batch has ``per_device_train_batch_size * gradient_accumulation_steps`` rows on average,
@@ -59,7 +77,9 @@ class DPTrainer(Trainer):
         args: the `transformers.TrainingArguments`; ``trainer.args`` is a copy with the logical batch in
             the place of the physical one.
         data_collator: as Trainer's.
-        train_dataset: a data set with a length, whose rows are the unit of privacy.
+        train_dataset: a data set with a length, whose rows are the unit of privacy; or, with
+            ``PrivacyArguments.unit_column``, the users, documents or households whose rows they are. The
+            batch sizes are then of units (logical) and of rows (in memory).
         *positional: Trainer's further arguments, by position.
         privacy: the `PrivacyArguments`.
         **options: Trainer's further arguments. ``compute_loss_func`` has to return losses of shape
@@ -71,8 +91,9 @@ class DPTrainer(Trainer):
 
     Guarantees:
         The weights after all steps, together, satisfy (``epsilon``, ``delta``) differential privacy for
-        adding or removing a row of ``train_dataset``, by the accountant's count. What Trainer logs of
-        training rows (the loss) is not private, and neither is a choice made by private evaluation rows.
+        adding or removing a row (a unit, with all its rows) of ``train_dataset``, by the accountant's
+        count. What Trainer logs of training rows (the loss) is not private, and neither is a choice made
+        by private evaluation rows.
     """
 
     optimizer: Any
@@ -114,8 +135,19 @@ class DPTrainer(Trainer):
         return per_sample(super().call_model_init(trial), self.privacy.grad_sample_mode)
 
     def _count(self, dataset: Any, args: TrainingArguments) -> None:
-        """Take the terms of the account from the number of rows."""
-        logical = args.per_device_train_batch_size
+        """Take the terms of the account from the number of rows, or of units."""
+        logical, column = args.per_device_train_batch_size, self.privacy.unit_column
+        if column is not None:
+            dataset = UnitRows(dataset, column, self.privacy.max_rows_per_unit)
+            largest = max(range(len(dataset)), key=dataset.size)
+            if dataset.size(largest) > self._physical_rows:
+                raise InputError(
+                    f"A unit of {column!r} has {dataset.size(largest)} rows, and "
+                    f"per_device_train_batch_size={self._physical_rows} rows are in memory at a time, "
+                    f"wanted all its drawn rows in one part: they are clipped as one. Set "
+                    f"max_rows_per_unit={self._physical_rows}, or raise per_device_train_batch_size."
+                )
+        self._drawn_from = dataset
         self._rows = length_of(dataset, logical)
         self._account.delta = self.privacy.delta(self._rows)
         self._account.sample_rate = logical / self._rows
@@ -144,10 +176,102 @@ class DPTrainer(Trainer):
             self._account.choose_noise(self.privacy, self._planned_steps())
         return self._account.noise_multiplier
 
+    def plan(self, *, measure: bool = False) -> Plan:
+        """What the run will be: noise, steps, signal; `print` shows it, with warnings.
+
+        Args:
+            measure: estimate time and memory too, by two passes over the first rows.
+
+        Raises:
+            InputError: there are no training rows.
+
+        Guarantees:
+            The run draws the same rows, noise and dropout with and without it.
+        """
+        if self.train_dataset is None:
+            raise InputError("DPTrainer.plan() got train_dataset=None, wanted a data set.")
+        self._count(self.train_dataset, self.args)
+        args, steps = self.args, self._planned_steps()
+        noise = self.noise_multiplier
+        assert noise is not None
+        assert self.delta is not None
+        seconds = memory = None
+        if measure:
+            first = list(range(min(4, self._physical_rows, len(self.train_dataset))))
+            batch = LogicalBatches(self.train_dataset, self._collate(), len(first), 0).__getitems__(
+                [0, *first]
+            )
+            cost = cost_of(self.model, self._prepare_inputs(batch["parts"][0]), len(first))
+            seconds = cost.seconds * steps * args.per_device_train_batch_size
+            memory = fixed_bytes(self.model) + cost.bytes * self._physical_rows
+        adam = "adam" in str(args.optim).lower() and self._given == (None, None)
+        share = 0.5 if str(getattr(args.lr_scheduler_type, "value", "")) == "linear" else 1.0
+        return Plan(
+            units=self._rows,
+            unit="row" if self.privacy.unit_column is None else f"{self.privacy.unit_column!r}",
+            logical=args.per_device_train_batch_size,
+            physical=self._physical_rows,
+            steps=steps,
+            sample_rate=args.per_device_train_batch_size / self._rows,
+            noise_multiplier=noise,
+            clipping_norm=self.privacy.clipping_norm,
+            epsilon=self.privacy.target_epsilon or self._planned_epsilon(steps),
+            delta=self.delta,
+            accountant=self.privacy.accountant,
+            trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            learning_rate=args.learning_rate,
+            reach=share * args.learning_rate * steps if adam else None,
+            seconds=seconds,
+            memory=memory,
+        )
+
+    def card(self) -> PrivacyCard:
+        """The terms on which the weights, as they are now, were trained.
+
+        Raises:
+            InputError: there are no training rows.
+        """
+        if self.delta is None:
+            raise InputError("DPTrainer.card() got train_dataset=None, wanted the rows of the run.")
+        privacy, noise = self.privacy, self.noise_multiplier
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        notes = []
+        if privacy.noise_seed is not None:
+            notes.append("The noise is from a seed: whoever knows it can take the noise off.")
+        if self.args.load_best_model_at_end:
+            notes.append(
+                f"These may be the weights of the step that was best by {self.args.metric_for_best_model} "
+                f"on the evaluation rows. Epsilon does not cover that choice, unless those rows are public."
+            )
+        return PrivacyCard(
+            epsilon=self.epsilon,
+            delta=self.delta,
+            accountant=privacy.accountant,
+            noise_multiplier=noise or 0.0,
+            clipping_norm=privacy.clipping_norm,
+            clipping=privacy.clipping,
+            sample_rate=self._account.sample_rate or 0.0,
+            steps=self._account.begun,
+            units=self._rows,
+            unit="one row of the training data"
+            if privacy.unit_column is None
+            else f"all rows of the training data of one {privacy.unit_column!r}",
+            trained=f"{trained:,} of {sum(p.numel() for p in self.model.parameters()):,} parameters",
+            tuned=privacy.tuned,
+            notes=tuple(notes),
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with ``epsilon`` among the values and on the progress bar."""
+        """As Trainer's, with ``epsilon`` among the values and on the progress bar; its terms at the end."""
         if self.delta is not None:
             logs["epsilon"] = self.epsilon
+            if "train_runtime" in logs:
+                logs |= {
+                    "delta": self.delta,
+                    "noise_multiplier": self._account.noise_multiplier or 0.0,
+                    "clipping_norm": self.privacy.clipping_norm,
+                    "sample_rate": self._account.sample_rate or 0.0,
+                }
             for callback in self.callback_handler.callbacks:
                 bar = getattr(callback, "training_bar", None)
                 if isinstance(callback, ProgressCallback) and bar is not None:
@@ -184,11 +308,14 @@ class DPTrainer(Trainer):
                 return TrainOutput(steps, 0.0, {"epsilon": self.epsilon})
         else:
             self._begin()
+        for warning in self.plan().warnings:
+            log.warning("Before training: %s.", warning)
         self.optimizer, self.lr_scheduler = self._given
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._detach()
+        with _true_banner(self._physical_rows, self.args.per_device_train_batch_size):
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._detach()
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial is a run on the same rows, and none of them would be accounted for.
@@ -233,7 +360,8 @@ class DPTrainer(Trainer):
         """Everything that a step depends on, but for weights and data, as JSON has it."""
         trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
         more = {
-            "rows of train_dataset": self._rows,
+            "rows of train_dataset": len(self.train_dataset),
+            "units of train_dataset": self._rows,
             "rows of a physical batch": self._physical_rows,
             "class of the model": type(self.model).__name__,
             "trained parameters": [len(trained), sum(trained)],
@@ -264,16 +392,17 @@ class DPTrainer(Trainer):
         release.run = self._account.run
         release.watched_by(self._account.ledger)
         log.info(
-            "Private training: the unit is a row of train_dataset (%d rows, adding or removing one); "
+            "Private training: the unit is %s of train_dataset (%d units, adding or removing one); "
             "epsilon %s at delta %.3g after %d steps, by %s; noise multiplier %.4g, clipping norm %g, "
             "expected batch %d, sample rate %.4g.",
+            "a row" if self.privacy.unit_column is None else f"a {self.privacy.unit_column!r}",
             self._rows,
             self.privacy.target_epsilon or f"{self._planned_epsilon(max_steps):.3f}",
             self.delta,
             max_steps,
             self.privacy.accountant,
             noise_multiplier,
-            self.privacy.max_grad_norm,
+            self.privacy.clipping_norm,
             self.args.per_device_train_batch_size,
             self._account.sample_rate,
         )
@@ -305,8 +434,9 @@ class DPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Logical batches: Poisson samples, each in collated parts."""
         args = self.args
-        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
-        batches = LogicalBatches(self.train_dataset, collate, self._physical_rows, self._batch_key)
+        batches = LogicalBatches(
+            self._drawn_from, self._collate(), self._physical_rows, self._batch_key
+        )
         sampler = PoissonBatches(
             self._rows,
             args.per_device_train_batch_size / self._rows,
@@ -323,6 +453,11 @@ class DPTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def _collate(self) -> Any:
+        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        column = self.privacy.unit_column
+        return collate if column is None else Without(column, collate)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As Trainer's, of a logical batch."""
@@ -358,7 +493,7 @@ class DPTrainer(Trainer):
         self._account.begin_step(number + 1)
         model.train()
         total, rows = torch.zeros((), device=self.args.device), 0
-        private.begin(inputs["rows"])
+        private.begin(inputs["rows"], inputs["units"])
         with seeded(self._batch_key, number, 1):  # dropout
             for i, part in enumerate(parts):
                 with self.compute_loss_context_manager():
@@ -402,6 +537,73 @@ class DPTrainer(Trainer):
         # Trainer asks before the step, when there is no noise in the gradients yet: not private.
         return None
 
+    # --- what may be published ------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.delta is not None and self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            # A checkpoint's privacy.json is written last, and is what it is resumed by.
+            checkpoint = os.path.basename(folder).startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+            self.card().write(folder, state=not checkpoint, **self._metadata())
+
+    def _metadata(self) -> dict[str, Any]:
+        base = getattr(base_of(self.model).config, "_name_or_path", "") if self.model else ""
+        return {"base_model": base if base and not os.path.exists(base) else None}
+
+    def create_model_card(self, **metadata: Any) -> None:
+        """The privacy card, in place of Trainer's, which shows losses of training rows.
+
+        Args:
+            **metadata: fields of `huggingface_hub.ModelCardData`.
+        """
+        self.card().write(self.args.output_dir, **{**self._metadata(), **metadata})
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **metadata: Any,
+    ) -> Any:
+        """As Trainer's: the model and its card, nothing that is secret or has losses of training rows."""
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**metadata)
+        self._finish_current_push()
+        hub: Any = HfApi()
+        return hub.upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=args.output_dir,
+            commit_message=commit_message,
+            token=token or args.hub_token,
+            run_as_future=not blocking,
+            ignore_patterns=list(UNPUBLISHED),
+            revision=revision or getattr(args, "hub_revision", None),
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+
+    def save_state(self) -> None:
+        """As Trainer's, without the losses of training rows: it lies beside what is published."""
+        whole = self.state.log_history
+        self.state.log_history = [publishable(entry) for entry in whole]
+        try:
+            super().save_state()
+        finally:
+            self.state.log_history = whole
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """As Trainer's, without the losses of training rows."""
+        super().save_metrics(split, publishable(metrics), combined)
+
     # --- checkpoints ----------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -433,6 +635,31 @@ class DPTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+
+@contextlib.contextmanager
+def _true_banner(physical: int, logical: int) -> Iterator[None]:
+    """Have Trainer's banner tell the batches that there are: its loop takes a logical batch for one."""
+    lines = {
+        "  Instantaneous batch size per device": f"  Rows in memory at a time = {physical:,}",
+        "  Total train batch size": f"  Rows of a logical batch (Poisson, expected) = {logical:,}",
+        "  Gradient Accumulation steps": "  Parts of a logical batch (on average) = "
+        f"{math.ceil(logical / physical):,}",
+    }
+
+    def corrected(record: logging.LogRecord) -> bool:
+        told = str(record.msg)
+        record.msg = next(
+            (line for begin, line in lines.items() if told.startswith(begin)), record.msg
+        )
+        return True
+
+    banner = logging.getLogger("transformers.trainer")
+    banner.addFilter(corrected)
+    try:
+        yield
+    finally:
+        banner.removeFilter(corrected)
 
 
 FIXED = (

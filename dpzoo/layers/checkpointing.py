@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpzoo.errors import UnsupportedConfigError
+from dpzoo.opacus_internals import counts_uses
 
 
 class CheckpointedLayer(GradientCheckpointingLayer):
@@ -38,7 +39,7 @@ class CheckpointedLayer(GradientCheckpointingLayer):
                     f"recomputation. Use mode 'hooks', 'functorch' or 'ghost', or call "
                     f"model.gradient_checkpointing_disable()."
                 )
-            if hasattr(parameter, "_forward_counter") and options.get("use_reentrant") is not True:
+            if counts_uses(parameter) and options.get("use_reentrant") is not True:
                 raise UnsupportedConfigError(
                     f"{name} is checkpointed with use_reentrant=False, which loses per-sample "
                     f"gradients under Opacus. Wanted use_reentrant=True, dpzoo's default: call "

@@ -9,16 +9,7 @@ import torch
 from torch import nn
 
 from dpzoo.errors import InputError
-
-
-def under_ghost(model: nn.Module) -> bool:
-    """Whether one of the model's layers carries the hooks of Opacus' ghost mode."""
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if hasattr(type(owner), "get_clipping_coef"):
-                return bool(getattr(owner, "hooks_enabled", True))
-    return False
+from dpzoo.opacus_internals import under_ghost
 
 
 def refuse_unclipped(loss: torch.Tensor | None, model: nn.Module) -> None:

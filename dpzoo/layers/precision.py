@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dpzoo.errors import InputError
+from dpzoo.opacus_internals import is_private
 
 
 class WideLinear(nn.Linear):
@@ -44,10 +45,7 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 def private_parameters(model: nn.Module) -> Iterator[torch.Tensor]:
     """The parameters that Opacus computes per-sample gradients of; none outside Opacus."""
-    for parameter in model.parameters():
-        # ExpandedWeights puts a tensor of its own in the place of a parameter.
-        if hasattr(getattr(parameter, "orig_weight", parameter), "_forward_counter"):
-            yield parameter
+    return filter(is_private, model.parameters())
 
 
 def keep_wide(model: nn.Module) -> None:

@@ -4,6 +4,8 @@ What makes it itself: half of BERT's layers under names of their own (``q_lin``,
 ``sa_layer_norm``), no token types, no pooler (the heads that need one have a ``pre_classifier``),
 LayerNorm eps fixed at 1e-12, positions learned or sinusoidal. The reference for every value is
 transformers 5, ``models/distilbert/modeling_distilbert.py``.
+
+Letters in comments are shapes, see `dpzoo.layers.attention`.
 """
 
 from typing import Any
@@ -24,7 +26,13 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
-from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.attention import (
+    attend,
+    first_tokens,
+    merge_heads,
+    refuse_uneven_heads,
+    split_heads,
+)
 from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import (
     HoldsTables,
@@ -32,17 +40,27 @@ from dpzoo.layers.embeddings import (
     TokenEmbedding,
     rows_of_ids,
 )
-from dpzoo.layers.encoder import activation, first_tokens, refuse_uneven_heads
 from dpzoo.layers.lm_head import LMHead
 from dpzoo.models import heads
 from dpzoo.models.base import (
     ForwardArguments,
     PerSampleModel,
+    activation,
     one_input,
     refuse_arguments,
     refuse_too_long,
 )
 from dpzoo.models.fields import TWO_LABELS
+
+TASKS = {
+    "base": "DistilBertModel",
+    "masked-lm": "DistilBertForMaskedLM",
+    "sequence-classification": "DistilBertForSequenceClassification",
+    "multiple-choice": "DistilBertForMultipleChoice",
+    "token-classification": "DistilBertForTokenClassification",
+    "question-answering": "DistilBertForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
 
 LAYER_NORM_EPS = 1e-12
 
@@ -96,7 +114,7 @@ class DistilBertSelfAttention(nn.Module):
         self, hidden: torch.Tensor, mask: torch.Tensor | None, num_choices: int, eager: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         context, weights = attend(
-            split_heads(self.q_lin(hidden), self.num_heads, num_choices),
+            split_heads(self.q_lin(hidden), self.num_heads, num_choices),  # (B N, H, T, D)
             split_heads(self.k_lin(hidden), self.num_heads, num_choices),
             split_heads(self.v_lin(hidden), self.num_heads, num_choices),
             mask=mask,
@@ -104,8 +122,8 @@ class DistilBertSelfAttention(nn.Module):
             scaling=self.scaling,
             dropout=self.dropout.p if self.training else 0.0,
             eager=eager,
-        )
-        return self.out_lin(merge_heads(context, num_choices)), weights
+        )  # (B N, H, T, D), (B N, H, T, T)
+        return self.out_lin(merge_heads(context, num_choices)), weights  # (B, N T, C)
 
 
 class FFN(nn.Module):
@@ -246,7 +264,7 @@ class DistilBertModel(DistilBertPreTrainedModel):
             input_ids: (batch, num_choices * seq).
             attention_mask: (batch, seq), or (batch, num_choices, seq), nonzero for real tokens; or
                 4-D as `dpzoo.layers.attend` takes it.
-            inputs_embeds: (batch, num_choices * seq, dim), in the place of ``input_ids``.
+            inputs_embeds: (batch, num_choices * seq, dim), instead of ``input_ids``.
             position_ids: (batch, seq) or (1, seq).
             num_choices: how many sequences a row holds, one after the other.
             output_attentions: return every layer's attention weights.
@@ -267,18 +285,24 @@ class DistilBertModel(DistilBertPreTrainedModel):
         # BERT's tokenizers come with many checkpoints and send token types; there is no table of them.
         kwargs.pop("token_type_ids", None)
         refuse_arguments(name, kwargs)
-        given = one_input(name, input_ids, inputs_embeds)
+        tables = self.embeddings
+        given = one_input(name, input_ids, inputs_embeds, tables.word_embeddings)
         batch, seq = given.shape[0], given.shape[1] // num_choices
         if position_ids is None:
             refuse_too_long(name, seq, 0, self.config.max_position_embeddings)
             position_ids = torch.arange(seq, device=given.device).unsqueeze(0)
         position_ids = rows_of_ids(
-            position_ids, batch=batch, num_choices=num_choices, seq=seq, name="position_ids"
+            position_ids,
+            batch=batch,
+            num_choices=num_choices,
+            seq=seq,
+            name="position_ids",
+            table=tables.position_embeddings,
         )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
 
-        hidden = self.embeddings(inputs_embeds, position_ids)
+        hidden = self.embeddings(inputs_embeds, position_ids)  # (B, N T, C)
         recorder = self._recorder(output_hidden_states, output_attentions, num_choices)
         eager = self._eager(recorder)
         mask = self._attention_mask(
@@ -330,7 +354,7 @@ class DistilBertForMaskedLM(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.predict_masked(
+        return heads.masked_lm(
             self,
             self._project,
             labels,
@@ -369,7 +393,7 @@ class DistilBertForSequenceClassification(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `DistilBertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.classify_sequence(
+        return heads.sequence_classification(
             self,
             self._project,
             labels,
@@ -409,7 +433,7 @@ class DistilBertForQuestionAnswering(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `DistilBertModel`; positions (batch,), outside the sequence where ignored."""
-        return heads.answer(
+        return heads.question_answering(
             self,
             self._project,
             start_positions,
@@ -447,7 +471,7 @@ class DistilBertForTokenClassification(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.classify_tokens(
+        return heads.token_classification(
             self,
             self._project,
             labels,
@@ -484,7 +508,7 @@ class DistilBertForMultipleChoice(DistilBertPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `DistilBertModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
-        return heads.choose(
+        return heads.multiple_choice(
             self,
             self._project,
             labels,

@@ -4,6 +4,8 @@ What makes it itself: pre-norm layers, one fused projection for queries, keys an
 attention, learned positions, token types looked up in the *token* table, an output projection that is
 the token table, and checkpoints that store projections transposed (see `dpzoo.layers.transposed`).
 The reference for every value is transformers 5, ``models/gpt2/modeling_gpt2.py``.
+
+Letters in comments are shapes, see `dpzoo.layers.attention`.
 """
 
 import math
@@ -27,21 +29,20 @@ from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
 from dpzoo.errors import InputError, UnsupportedConfigError
-from dpzoo.layers.attention import attend, merge_heads, split_heads
+from dpzoo.layers.attention import attend, merge_heads, refuse_uneven_heads, split_heads
 from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import (
     PositionEmbedding,
     TokenEmbedding,
     rows_of_ids,
 )
-from dpzoo.layers.encoder import refuse_uneven_heads
 from dpzoo.layers.lm_head import LMHead
 from dpzoo.layers.transposed import TransposedProjections
 from dpzoo.losses import (
     batch_mean,
     causal_losses,
+    class_losses,
     sequence_losses,
-    token_losses,
 )
 from dpzoo.models import heads
 from dpzoo.models.base import (
@@ -53,6 +54,17 @@ from dpzoo.models.base import (
 )
 from dpzoo.models.cache import CACHE, takes_cache
 from dpzoo.models.heads import last_real, real_tokens
+from dpzoo.shapes import check
+
+TASKS = {
+    "base": "GPT2Model",
+    "causal-lm": "GPT2LMHeadModel",
+    "sequence-classification": "GPT2ForSequenceClassification",
+    "double-heads": "GPT2DoubleHeadsModel",
+    "token-classification": "GPT2ForTokenClassification",
+    "question-answering": "GPT2ForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
 
 SUMMARY_TYPES = ("cls_index", "last", "first", "mean")
 
@@ -87,10 +99,10 @@ class GPT2Attention(TransposedProjections):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (
             split_heads(part, self.num_heads, num_choices)
-            for part in self.c_attn(hidden).split(hidden.shape[-1], dim=-1)
-        )
+            for part in self.c_attn(hidden).split(hidden.shape[-1], dim=-1)  # (B, N T, C) each
+        )  # (B N, H, T, D) each
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx)  # (B N, H, S, D)
         context, weights = attend(
             query,
             key,
@@ -101,7 +113,7 @@ class GPT2Attention(TransposedProjections):
             dropout=self.attn_dropout.p if self.training else 0.0,
             eager=eager,
             upcast=self.upcast,
-        )
+        )  # (B N, H, T, D), (B N, H, T, S)
         return self.resid_dropout(self.c_proj(merge_heads(context, num_choices))), weights
 
 
@@ -266,7 +278,7 @@ class GPT2Model(GPT2PreTrainedModel):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        given = one_input(name, input_ids, inputs_embeds)
+        given = one_input(name, input_ids, inputs_embeds, self.wte, choices=True)
         shape = given.shape if inputs_embeds is None else given.shape[:-1]
         batch, seq = shape[0], shape[-1]
         num_choices = math.prod(shape[1:-1])
@@ -282,11 +294,13 @@ class GPT2Model(GPT2PreTrainedModel):
             refuse_too_long(name, seq, past, self.config.max_position_embeddings)
             position_ids = (torch.arange(seq, device=given.device) + past).unsqueeze(0)
         sizes = {"batch": batch, "num_choices": num_choices, "seq": seq}
-        position_ids = rows_of_ids(position_ids, name="position_ids", **sizes)
+        position_ids = rows_of_ids(position_ids, name="position_ids", table=self.wpe, **sizes)
         if token_type_ids is not None:
-            token_type_ids = rows_of_ids(token_type_ids, name="token_type_ids", **sizes)
+            token_type_ids = rows_of_ids(
+                token_type_ids, name="token_type_ids", table=self.wte, **sizes
+            )
         hidden = self._embed(input_ids, inputs_embeds, token_type_ids, batch, length)
-        hidden = self.drop(hidden + self.wpe(position_ids))
+        hidden = self.drop(hidden + self.wpe(position_ids))  # (B, N T, C)
 
         recorder = self._recorder(output_hidden_states, output_attentions, num_choices)
         eager = self._eager(recorder)
@@ -306,7 +320,7 @@ class GPT2Model(GPT2PreTrainedModel):
             hidden, weights = block(hidden, mask, cache=cache, num_choices=num_choices, eager=eager)
             recorder.add(hidden, weights)
         hidden = self.ln_f(hidden)
-        hidden = hidden.reshape(*shape, hidden.shape[-1])
+        hidden = hidden.reshape(*shape, hidden.shape[-1])  # (B, T, C) or (B, N, T, C)
         recorder.replace_last(hidden)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden,
@@ -369,7 +383,7 @@ class GPT2LMHeadModel(_GPT2LM, GenerationMixin):
         **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `GPT2Model`; ``labels`` (batch, seq) are shifted inside."""
-        return heads.predict_next(
+        return heads.causal_lm(
             self,
             self.lm_head,
             labels,
@@ -502,6 +516,11 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
         logits = self.lm_head(hidden.reshape(batch, length, width))
         logits = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
         real = real_tokens(attention_mask, hidden)
+        if mc_token_ids is not None:
+            name = "GPT2DoubleHeadsModel.forward()"
+            tokens = hidden.shape[-2]
+            check("mc_token_ids", mc_token_ids, hidden.shape[:-2], high=tokens, of=name)
+            mc_token_ids = mc_token_ids.long()
         mc_logits = self.multiple_choice_head(hidden, mc_token_ids, real).squeeze(-1)
         losses = None if labels is None else causal_losses(logits, labels)
         mc_losses = None
@@ -519,7 +538,7 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
                     f"config.summary_type to 'cls_index' (got {self.config.summary_type!r}), and "
                     f"summary_use_proj and summary_proj_to_labels to True, before the model is built."
                 )
-            mc_losses = token_losses(mc_logits, mc_labels.reshape(batch))
+            mc_losses = class_losses(mc_logits, mc_labels, "mc_labels")
         if self._learns():
             # A head without labels has gradient 0, not none: Opacus would wait for it, or take the
             # norm that it had in an earlier step.
@@ -585,6 +604,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
             **kwargs,
         )
         hidden = body.last_hidden_state
+        heads.refuse_choices(self, hidden)
         rows = torch.arange(len(hidden), device=hidden.device)
         real = real_tokens(attention_mask, hidden)
         logits = self.score(hidden[rows, self._last_token(input_ids, real, len(hidden))])
@@ -642,7 +662,7 @@ class GPT2ForTokenClassification(GPT2PreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `GPT2Model`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.classify_tokens(
+        return heads.token_classification(
             self,
             self._project,
             labels,
@@ -683,7 +703,7 @@ class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `GPT2Model`; positions (batch,), outside the sequence where ignored."""
-        return heads.answer(
+        return heads.question_answering(
             self,
             self.qa_outputs,
             start_positions,

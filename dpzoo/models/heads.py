@@ -1,10 +1,11 @@
 """The tasks: what comes after the body, shared by the families.
 
-Each function takes the model and its inputs, runs ``model.base_model`` on them and returns the
-output class that transformers returns, with ``loss_per_sample`` attached. Losses are per row:
-see `dpzoo.losses` for what that means and where it differs from transformers.
+Each function has the name of its task. It takes the model and its inputs, runs ``model.base_model`` on
+them and returns the output class that transformers returns, with ``loss_per_sample`` attached. Losses
+are per row: see `dpzoo.losses` for what that means and where it differs from transformers.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,42 +19,42 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from dpzoo.errors import InputError
 from dpzoo.losses import (
     batch_mean,
     causal_losses,
+    class_losses,
     sequence_losses,
     span_losses,
     token_losses,
 )
 from dpzoo.models.cache import CACHE
+from dpzoo.shapes import check
 
 Projection = Callable[..., torch.Tensor]
 
 
-def classify_tokens(
+def token_classification(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> TokenClassifierOutput:
     """Logits (batch, seq, num_labels); a row's loss is the mean over its labelled tokens."""
-    body = model.base_model(**inputs)
-    logits = project(body.last_hidden_state)
-    losses = None if labels is None else token_losses(logits, labels)
-    output = TokenClassifierOutput(
-        loss=batch_mean(losses),
-        logits=logits,
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
-    )
-    return model._finish(output, losses)
+    return _token_by_token(TokenClassifierOutput, model, project, labels, inputs)
 
 
-def predict_masked(
+def masked_lm(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> MaskedLMOutput:
     """Logits (batch, seq, vocab); a row's loss is the mean over its labelled tokens."""
+    return _token_by_token(MaskedLMOutput, model, project, labels, inputs)
+
+
+def _token_by_token(
+    kind: Any, model: Any, project: Projection, labels: torch.Tensor | None, inputs: dict[str, Any]
+) -> Any:
     body = model.base_model(**inputs)
     logits = project(body.last_hidden_state)
     losses = None if labels is None else token_losses(logits, labels)
-    output = MaskedLMOutput(
+    output = kind(
         loss=batch_mean(losses),
         logits=logits,
         hidden_states=body.hidden_states,
@@ -62,7 +63,7 @@ def predict_masked(
     return model._finish(output, losses)
 
 
-def predict_next(
+def causal_lm(
     model: Any,
     project: Projection,
     labels: torch.Tensor | None,
@@ -92,7 +93,7 @@ def predict_next(
     return model._finish(output, losses)
 
 
-def classify_sequence(
+def sequence_classification(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> SequenceClassifierOutput:
     """Logits (batch, num_labels), from whatever ``project`` takes of the body's output."""
@@ -108,7 +109,7 @@ def classify_sequence(
     return model._finish(output, losses)
 
 
-def choose(
+def multiple_choice(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> MultipleChoiceModelOutput:
     """Logits (batch, num_choices), one score a sequence.
@@ -126,6 +127,11 @@ def choose(
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     given = ids if ids is not None else embeds
     if given is not None:
+        of, shape = f"{type(model).__name__}.forward()", ("batch", "num_choices", "seq")
+        if ids is not None:
+            check("input_ids", ids, shape, of=of)
+        if embeds is not None:
+            check("inputs_embeds", embeds, (*shape, "hidden"), dtypes=None, of=of)
         batch, num_choices, seq = given.shape[:3]
         inputs["num_choices"] = num_choices
         if ids is not None:
@@ -134,7 +140,7 @@ def choose(
             inputs["inputs_embeds"] = embeds.reshape(batch, num_choices * seq, embeds.shape[-1])
     body = model.base_model(**inputs)
     logits = project(body, num_choices).reshape(batch, num_choices)
-    losses = None if labels is None else token_losses(logits, labels.reshape(batch))
+    losses = None if labels is None else class_losses(logits, labels)
     output = MultipleChoiceModelOutput(
         loss=batch_mean(losses),
         logits=logits,
@@ -144,7 +150,7 @@ def choose(
     return model._finish(output, losses)
 
 
-def answer(
+def question_answering(
     model: Any,
     project: Projection,
     start_positions: torch.Tensor | None,
@@ -153,6 +159,7 @@ def answer(
 ) -> QuestionAnsweringModelOutput:
     """Logits (batch, seq) of a span's first and last token."""
     body = model.base_model(**inputs)
+    refuse_choices(model, body.last_hidden_state)
     start_logits, end_logits = (
         half.squeeze(-1).contiguous() for half in project(body.last_hidden_state).split(1, dim=-1)
     )
@@ -168,6 +175,15 @@ def answer(
         attentions=body.attentions,
     )
     return model._finish(output, losses)
+
+
+def refuse_choices(model: Any, hidden: torch.Tensor) -> None:
+    """Raise `InputError` where a row has several sequences, and the head reads one."""
+    if hidden.ndim != 3:
+        raise InputError(
+            f"{type(model).__name__}.forward() got inputs of shape {tuple(hidden.shape[:-1])}, wanted "
+            f"(batch, seq): this head reads one sequence a row."
+        )
 
 
 def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -193,3 +209,25 @@ def real_tokens(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor
 def last_real(real: torch.Tensor) -> torch.Tensor:
     """The index of the rightmost True of (..., seq), (...); 0 where there is none."""
     return (torch.arange(real.shape[-1], device=real.device) * real).argmax(-1)
+
+
+_RENAMED = {
+    "choose": "multiple_choice",
+    "answer": "question_answering",
+    "predict_next": "causal_lm",
+    "predict_masked": "masked_lm",
+    "classify_tokens": "token_classification",
+    "classify_sequence": "sequence_classification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The functions' earlier names, for one release."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"heads.{name} is called heads.{_RENAMED[name]} now; the old name goes in the next release.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[_RENAMED[name]]

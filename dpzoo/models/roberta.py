@@ -25,19 +25,45 @@ from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
 
 from dpzoo.errors import UnsupportedConfigError
-from dpzoo.layers.encoder import EncoderLayer
+from dpzoo.layers.lm_head import LMHead, TiedBias
 from dpzoo.models import heads
-from dpzoo.models.base import (
-    ForwardArguments,
-    PerSampleModel,
+from dpzoo.models.base import ForwardArguments, PerSampleModel
+from dpzoo.models.bert import (
+    BertEmbeddings,
+    BertLayer,
+    BertModel,
+    BertPreTrainedModel,
     classifier_dropout,
 )
 from dpzoo.models.cache import takes_cache
-from dpzoo.models.encoder import ENCODER_FIELDS, EncoderBody, MaskedLMHead
 from dpzoo.models.fields import TWO_LABELS
 
+TASKS = {
+    "base": "RobertaModel",
+    "masked-lm": "RobertaForMaskedLM",
+    "causal-lm": "RobertaForCausalLM",
+    "sequence-classification": "RobertaForSequenceClassification",
+    "multiple-choice": "RobertaForMultipleChoice",
+    "token-classification": "RobertaForTokenClassification",
+    "question-answering": "RobertaForQuestionAnswering",
+}
+"""What the classes of this file do; `dpzoo.registry` reads it."""
 
-class RobertaLayer(EncoderLayer):
+
+class RobertaEmbeddings(BertEmbeddings):
+    """BERT's, with a position for padding."""
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self.padding_idx: Any = config.pad_token_id
+        positions = self.position_embeddings
+        positions.padding_idx = config.pad_token_id
+        # Stock registers this table last, and optimizer states go by the order of parameters.
+        del self.position_embeddings
+        self.position_embeddings = positions
+
+
+class RobertaLayer(BertLayer):
     """One encoder layer, under the name that FSDP and device maps know it by."""
 
 
@@ -47,12 +73,17 @@ class RobertaPreTrainedModel(PerSampleModel):
     config: RobertaConfig
     config_class = RobertaConfig
     base_model_prefix = "roberta"
-    _handled_fields = ENCODER_FIELDS
-    _no_split_modules = ["RobertaLayer", "EncoderEmbeddings"]
+    _handled_fields = BertPreTrainedModel._handled_fields
+    _no_split_modules = ["RobertaLayer", "RobertaEmbeddings"]
 
 
-class RobertaModel(RobertaPreTrainedModel, EncoderBody):
+class RobertaModel(RobertaPreTrainedModel, BertModel):
     """The encoder, with the pooler that multiple choice reads."""
+
+    config: RobertaConfig
+    embeddings: RobertaEmbeddings
+    _embeddings_class = RobertaEmbeddings
+    _layer_class = RobertaLayer
 
     def __init__(self, config: RobertaConfig, add_pooling_layer: bool = True) -> None:
         if config.pad_token_id is None:
@@ -60,13 +91,7 @@ class RobertaModel(RobertaPreTrainedModel, EncoderBody):
                 "RobertaModel cannot honour config.pad_token_id=None: RoBERTa counts positions from "
                 "it. Wanted an integer (1 in the published checkpoints): set it."
             )
-        super().__init__(config)
-        self._build(
-            config,
-            RobertaLayer,
-            add_pooling_layer=add_pooling_layer,
-            position_padding_idx=config.pad_token_id,
-        )
+        super().__init__(config, add_pooling_layer)
 
     def _max_length(self) -> int:
         return self.config.max_position_embeddings - self.embeddings.padding_idx - 1
@@ -83,11 +108,12 @@ class RobertaModel(RobertaPreTrainedModel, EncoderBody):
         return (real.cumsum(dim=1) + past) * real + padding
 
 
-class RobertaLMHead(MaskedLMHead):
+class RobertaLMHead(TiedBias):
     """Dense, gelu, LayerNorm, projection: (batch, seq, hidden) -> (batch, seq, vocab)."""
 
     def __init__(self, config: RobertaConfig) -> None:
-        super().__init__(config)
+        super().__init__(config.vocab_size, tied=config.tie_word_embeddings)
+        self.decoder = LMHead(config.hidden_size, config.vocab_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -153,7 +179,7 @@ class RobertaForCausalLM(_RobertaLM, GenerationMixin):
         **kwargs: Unpack[ForwardArguments],
     ) -> CausalLMOutputWithCrossAttentions:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq) are shifted inside."""
-        return heads.predict_next(
+        return heads.causal_lm(
             self,
             self.lm_head,
             labels,
@@ -194,7 +220,7 @@ class RobertaForMaskedLM(_RobertaLM):
         **kwargs: Unpack[ForwardArguments],
     ) -> MaskedLMOutput:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
-        return heads.predict_masked(
+        return heads.masked_lm(
             self,
             self.lm_head,
             labels,
@@ -231,7 +257,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> SequenceClassifierOutput:
         """Inputs as in `RobertaModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.classify_sequence(
+        return heads.sequence_classification(
             self,
             self._project,
             labels,
@@ -269,7 +295,7 @@ class RobertaForMultipleChoice(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> MultipleChoiceModelOutput:
         """Inputs as in `RobertaModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
-        return heads.choose(
+        return heads.multiple_choice(
             self,
             self._project,
             labels,
@@ -310,7 +336,7 @@ class RobertaForTokenClassification(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> TokenClassifierOutput:
         """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.classify_tokens(
+        return heads.token_classification(
             self,
             self._project,
             labels,
@@ -351,7 +377,7 @@ class RobertaForQuestionAnswering(RobertaPreTrainedModel):
         **kwargs: Unpack[ForwardArguments],
     ) -> QuestionAnsweringModelOutput:
         """Inputs as in `RobertaModel`; positions (batch,), outside the sequence where ignored."""
-        return heads.answer(
+        return heads.question_answering(
             self,
             self.qa_outputs,
             start_positions,

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dpzoo.conversion import _named_tensors
 from dpzoo.example_batch import example_batch
-from dpzoo.layers.transposed import TransposedProjections
 from dpzoo.parity.report import Check, larger, worst_of
+from dpzoo.transfer import named_tensors, transposed_names
 
 Tensors = Mapping[str, torch.Tensor]
 Say = Callable[[str], None]
@@ -148,14 +147,9 @@ def _base_losses(outputs: Any, batch: Tensors) -> torch.Tensor:
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Gradients in the stock layout, under every name of a parameter; zeros where there is none."""
-    transposed = {
-        f"{prefix}.{child}.weight"
-        for prefix, module in model.named_modules()
-        if isinstance(module, TransposedProjections)
-        for child in module.transposed
-    }
+    transposed = set(transposed_names(model))
     found = {}
-    for name, parameter in _named_tensors(model).items():
+    for name, parameter in named_tensors(model).items():
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         found[name] = gradient.t() if name in transposed else gradient
     return found

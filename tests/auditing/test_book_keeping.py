@@ -11,9 +11,11 @@ from dpzoo.auditing import audit, audit_loop
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
-from dpzoo.factors import EmbeddingFactors, LinearFactors
+from dpzoo.clipping.rules import Adaptive, Flat
+from dpzoo.clipping.units import Units
+from dpzoo.factors import EACH, EmbeddingFactors, LinearFactors
 from tests.auditing.clean import CLEAN, NO_EMPTY_BATCH
-from tests.auditing.loops import Loop
+from tests.auditing.loops import ADAPTIVE, Loop
 from tests.auditing.planted import PLANTED, Planted
 from tests.auditing.test_zoo import SAMPLED
 from tests.support import TIED, batch_for, stock_model
@@ -54,14 +56,17 @@ def test_a_clean_model_passes_or_is_refused_by_name(name: str) -> None:
         (alarm,) = alarms
         assert REFUSED[name] in alarm
         assert alarm.startswith("bk mode raises in its first step: ")
-    elif name.startswith("stock "):
-        assert not alarms, str(report)
-        assert any("bk takes one loss for each row" in f.message for f in report.findings)
-    elif "hooks" in NO_EMPTY_BATCH.get(name, ("",))[0]:  # the model itself raises
-        (alarm,) = alarms
-        assert alarm.startswith("bk mode raises on an empty batch")
+    elif "mean over the batch" in name:
+        assert alarms == [
+            "bk mode raises in its first step: InputError: bk: the loss is a scalar, and bk takes one loss "
+            "for each row. Pass loss=... with one value for each row; dpzoo.ModelLoss(model) has them for "
+            "transformers' models."
+        ]
     else:
         assert not alarms, str(report)
+        empty = any(f.message.startswith("the model raises on an empty") for f in report.findings)
+        assert empty == ("hooks" in NO_EMPTY_BATCH.get(name, ("",))[0])  # the model itself raises
+        assert not any("bk" in r.skipped for r in report if r.name != "unit")
 
 
 # --- planted bugs ---------------------------------------------------------------------------------------
@@ -75,6 +80,16 @@ IN_BK: dict[str, tuple[str, str]] = {
     "a running mean": ("statelessness", "changed in a training forward pass"),
     "a frozen parameter that": ("statelessness", "changed in a training forward pass"),
     "statistics of": ("statelessness", "is in training mode"),
+    "a table whose rows": ("statelessness", "has max_norm"),
+    "a running variance": ("statelessness", "takes statistics over the rows"),
+    "a sum over rows": ("isolation", "not the mean of the rows' losses"),
+    "experts with a capacity, in": ("neighbours", "the other rows' gradients change"),
+    "experts with a capacity": ("isolation", "there are 16 other rows"),
+    "a head that reads": ("neighbours", "are padded to the longest of them"),
+    "a mean that is kept": ("isolation", "other rows"),
+    "ranks within": ("isolation", "other rows"),
+    "rows that meet in large": ("neighbours", "the other rows' gradients change"),
+    "rows that are mixed": ("isolation", "depends on other rows"),
     "the batch's mean": ("coverage", REFUSAL + "InputError: linear was called with a trainable parameter"),
     "in-batch negatives": ("coverage", REFUSAL + "InputError: The recorded per-sample gradients are not"),
     "a mixture's balance": ("isolation", "depends on other rows"),
@@ -83,7 +98,6 @@ IN_BK: dict[str, tuple[str, str]] = {
     "Opacus' own EmbeddingBag": ("coverage", REFUSAL + "UnsupportedModelError: embedding_bag of"),
     "a branch": ("split", "physical batches of 1 give another sum"),
     "a trainable layer that is detached": ("coverage", NOISE_ALONE),
-    "an empty batch that raises": ("edges", "bk mode raises on an empty batch"),
     "a loss computed from a copy": ("effect", "the loss did not follow"),
 }  # fmt: skip
 """The beginning of a planted bug's name -> the check that names it in bk, and a part of the message."""
@@ -93,6 +107,7 @@ RIGHT_IN_BK = {
     "a module tie": "one parameter under 2 names",
     "an activation passed by keyword": "",
     "a padding row": "",
+    "an empty batch that raises": "the model raises on an empty batch",  # a step needs no forward pass
     "a grad sampler whose sum": "",  # bk goes by the layer's forward, which is nn.Linear's
     "a row whose gradient is NaN": "bk leaves the row out and counts it",
     # What Opacus' hooks do not see or see wrongly, and a recorder of functions sees:
@@ -125,7 +140,8 @@ def test_a_planted_bug_is_named_or_none_in_bk(planted: Planted) -> None:
     found = [f for f in report[check].findings if says in f.message and f.severity != "note"]
     assert found, str(report)
     assert all(
-        f.mode == (None if check in ("isolation", "statelessness") else "bk") and f.remedy
+        f.mode == (None if check in ("isolation", "neighbours", "statelessness") else "bk")
+        and f.remedy
         for f in found
     )
 
@@ -218,11 +234,7 @@ def _one_seed(patch: pytest.MonkeyPatch) -> None:
 BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     (_no_cross_terms, "exactness", "bk mode's norms are"),
     (_repeated_ids_apart, "exactness", "bk mode's norms are"),
-    (
-        _shares_of_other_rows,
-        "coverage",
-        "The recorded per-sample gradients are not those of the rows",
-    ),
+    (_shares_of_other_rows, "exactness", "the sum over rows is right and the rows are not"),
     (_factors_of_the_batch, "parity", "not that of the rows' true gradients"),
     (_last_backward_only, "split", "physical batches of 1 give another sum"),
     (_nan_rows_kept, "edges", "is not left out of the sum"),
@@ -254,15 +266,6 @@ def test_a_broken_bk_is_caught(
 
 # --- loops ----------------------------------------------------------------------------------------------
 
-ADAPTIVE = {
-    "clipping": "adaptive",
-    "target_unclipped_quantile": 0.5,
-    "clipbound_learning_rate": 0.4,
-    "max_clipbound": 50.0,
-    "min_clipbound": 0.01,
-    "unclipped_num_std": 1.5,
-}
-
 
 @pytest.mark.parametrize(
     "options", [ADAPTIVE, {"clipping": "automatic"}], ids=lambda o: o["clipping"]
@@ -274,6 +277,22 @@ def test_a_right_loop_of_other_clippings_passes(options: dict[str, Any]) -> None
     assert report.ok, str(report)
     assert report.modes == ("bk",)
     assert loop.optimizer.max_grad_norm == clip  # though steps were taken
+
+
+def test_a_count_that_a_row_moves_by_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adaptive clipping's theorem has 1/2 for a row."""
+
+    def whole(self: Any, clip: float, squared: Any, norms: torch.Tensor) -> Any:
+        made = Flat.factors(self, clip, squared, norms)
+        self.halves += float((made[None] >= 1).double().sum())
+        return made
+
+    loop = Loop("bk", max_grad_norm=20.0, **ADAPTIVE)
+    assert audit_loop(*loop.objects(), step=loop.step).ok
+    monkeypatch.setattr(Adaptive, "factors", whole)
+    (finding,) = audit_loop(*loop.objects(), step=loop.step).failures
+    assert "moves the count that adaptive clipping releases by more than 1/2" in finding.message
+    assert (finding.expected, finding.got) == ("at most 0.5", "1")
 
 
 def test_micro_batches_add_up_and_are_a_note_only() -> None:
@@ -325,3 +344,60 @@ def test_unfreezing_after_wrapping_is_no_matter_in_bk() -> None:
     assert not report["freshness"].findings
     (finding,) = report["loop lint"].findings
     assert "are not in the optimizer" in finding.message
+
+
+# --- units ----------------------------------------------------------------------------------------------
+
+TWO_ROWS_EACH = ["a", "b", "a", "c", "c", "b"]
+
+
+def test_a_unit_less() -> None:
+    model = dpzoo.convert(stock_model("GPT2LMHeadModel", dtype=torch.float32))
+    batch = batch_for("GPT2LMHeadModel", rows=6)
+    report = audit(model, batch, modes=("bk",), unit_ids=TWO_ROWS_EACH, checks=("sensitivity",))
+    assert report.ok, str(report)
+    assert not report.findings
+
+
+@pytest.mark.parametrize("bug", ["rows are clipped as units", "a norm without cross terms"])
+def test_a_broken_unit_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row by itself has norm C at most, and the unit has more: only a unit less shows it."""
+    if bug == "rows are clipped as units":
+        monkeypatch.setattr(Units, "mean", lambda self, losses: losses)
+        norms = Book.squared_norms
+        monkeypatch.setattr(
+            Book,
+            "squared_norms",
+            lambda self: {p: v / self.units.sizes.to(v) ** 2 for p, v in norms(self).items()},
+        )
+    else:
+        add = Book.add
+
+        def by_row(self: Book, parameter: Any, use: Any, region: Any = None) -> None:
+            add(self, parameter, use, region)
+            if int(self.units.sizes.max()) > 1:
+                for group, uses in zip(
+                    self.units.groups, self._uses[parameter][region], strict=True
+                ):
+                    rows = use.joined(EACH).squared_norm()[0]
+                    uses.squared, uses.magnitude = group.summed(rows), None
+
+        monkeypatch.setattr(Book, "add", by_row)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 8))
+    batch = (torch.randn(1, 4).expand(6, 4).contiguous(),)
+    options: dict[str, Any] = {"modes": ("bk",), "checks": ("sensitivity",)}
+    assert audit(model, batch, **options).ok
+    report = audit(model, batch, **options, unit_ids=TWO_ROWS_EACH)
+    (finding,) = report.findings
+    assert finding.severity == "privacy"
+    assert "one unit less" in finding.message
+
+
+def test_unit_ids_that_cannot_be_tried() -> None:
+    model, batch = torch.nn.Linear(4, 3), (torch.randn(6, 4),)
+    with pytest.raises(dpzoo.InputError, match="unit_ids of one unit"):
+        audit(model, batch, modes=("bk",), unit_ids=["a"] * 6)
+    with pytest.raises(dpzoo.InputError, match="has 5 ids for 6 rows"):
+        audit(model, batch, modes=("bk",), unit_ids=TWO_ROWS_EACH[1:])
+    with pytest.raises(dpzoo.InputError, match="wanted 'bk' among the modes"):
+        audit(model, batch, modes=("hooks",), unit_ids=TWO_ROWS_EACH)

@@ -42,6 +42,16 @@ def test_a_terminal_gets_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "12345" in text
 
 
+def test_ids_stay_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any terminal: an id that is folded cannot be copied."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "50")
+    name = "organisation/a-checkpoint-with-a-long-name-as-many-have"
+    print_table(("checkpoint", "class"), [(name, "BertForSequenceClassification")] * 2)
+    assert screen.getvalue().count(name) == 2
+
+
 def test_a_terminal_without_rich_gets_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)

@@ -176,6 +176,69 @@ def test_the_same_part_twice_is_refused() -> None:
         half_twice(Run())
 
 
+class Pairs(Dataset[Any]):
+    """Rows as a dictionary, several columns of one shape and type; two rows have the same words."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> Any:
+        words = torch.full((5,), max(index, 1))
+        return {"words": words, "ones": torch.ones(5, dtype=torch.long), "labels": index % 3}
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(ROWS, 4), nn.Linear(4, 3)
+
+    def forward(self, ones: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return self.head((self.table(words) * ones[..., None]).mean(1))
+
+
+COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cloned": lambda x: x.clone(),
+    "picked": lambda x: x[torch.arange(len(x))],
+    "from numpy": lambda x: torch.from_numpy(x.numpy().copy()),
+    "stacked": lambda x: torch.stack(list(x)),
+}
+
+
+def in_parts(run: Run, picks: Callable[[int], list[list[int]]], copy: Any) -> None:
+    for batch in run.loader:
+        if len(batch["words"]) < 4:
+            run.optimizer.draws.restart()
+            continue
+        for rows in picks(len(batch["words"])):
+            part = {k: copy(v[rows]) for k, v in batch.items()}
+            labels = part.pop("labels")
+            run.criterion(run.private(**part), labels).backward()
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize(
+    "picks",
+    [
+        lambda n: [[*range(n // 2)], [*range(n // 2)], [*range(n % 2)]],
+        lambda n: [[*range(n - 1)], [0]],
+        lambda n: [[0, *range(n - 1)]],
+    ],
+    ids=["a half again", "one again", "one twice in one part"],
+)
+def test_copies_of_rows_are_seen(copy: str, picks: Any) -> None:
+    run = Run(model=Words(), loader=DataLoader(Pairs(), batch_size=RATE))
+    with pytest.raises(InputError, match="Rows of the draw came twice"):
+        in_parts(run, picks, COPIES[copy])
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_copies_of_different_rows_add_up(copy: str) -> None:
+    run = Run(model=Words(), loader=DataLoader(Pairs(), batch_size=ROWS - 1))
+    in_parts(run, lambda n: [[*range(1, n, 2)], [*range(0, n, 2)]], COPIES[copy])
+    assert run.steps() == len(run.loader)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_skipping_empty_draws_is_refused(mode: str) -> None:
     run = Run(
@@ -532,7 +595,7 @@ def test_a_row_moves_the_adaptive_count_by_half() -> None:
     for rows in (5, 4):
         run = by_hand(max_grad_norm=1.0, **options)
         run.backward(BATCH[0][:rows], BATCH[1][:rows])
-        found.append(run.optimizer._halves)
+        found.append(run.optimizer.rule.halves)
     assert abs(found[0] - found[1]) == 0.5
     with pytest.raises(InputError, match="wanted mode 'bk'"):
         by_hand(mode="hooks", max_grad_norm=1.0, **options)

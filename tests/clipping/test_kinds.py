@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpzoo
+from dpzoo.clipping.rules import ClippingRule
 from dpzoo.errors import InputError
 
 ROWS = 6
@@ -75,6 +76,35 @@ def step(optimizer: Any, backward: Any, rows: slice = slice(None)) -> None:
     x, y = data().tensors
     backward(x[rows], y[rows])
     optimizer.step()
+
+
+# --- a rule of the user's ----------------------------------------------------------------------------
+
+
+class Smooth(ClippingRule):
+    """C tanh(norm) / norm."""
+
+    def factors(self, clip: float, squared: Any, norms: torch.Tensor) -> Any:
+        return {None: clip * norms.tanh() / norms}
+
+
+def test_a_new_rule_is_one_class() -> None:
+    model = model_of()
+    x, y = data().tensors
+    rows = []
+    for row, label in zip(x, y, strict=True):
+        loss = nn.functional.cross_entropy(model(row[None]), label[None])
+        rows.append(torch.autograd.grad(loss, list(model.parameters())))
+    grads = [torch.cat([g.flatten() for g in row]) for row in rows]
+    wanted = sum(0.5 * g.norm().tanh() * g / g.norm() for g in grads) / ROWS
+    _, _, optimizer, backward = private(model, clipping=Smooth())
+    step(optimizer, backward)
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    with pytest.raises(
+        InputError, match=r"clipping='smooth', wanted one of \('flat', 'per_layer', "
+    ):
+        private(model_of(), clipping="smooth")
 
 
 # --- adaptive clipping ------------------------------------------------------------------------------

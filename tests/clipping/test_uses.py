@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dpzoo
+from dpzoo.clipping.book import Book
 from dpzoo.clipping.module import BookKeepingHooks
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
@@ -53,17 +54,33 @@ def row_gradients(model: nn.Module, batch: Batch) -> list[dict[str, torch.Tensor
     return made
 
 
-def assert_exact(model: nn.Module, batch: Batch, tolerance: float = 1e-10) -> BookKeepingHooks:
-    """Every row's gradient and its norm, in every parameter, equal those of the row alone."""
+def unit_gradients(rows: list[dict[str, Any]], ids: Any) -> list[dict[str, torch.Tensor]]:
+    """The means over each unit's rows, units as they come."""
+    made: list[dict[str, torch.Tensor]] = []
+    for unit in dict.fromkeys(ids):
+        own = [row for row, of in zip(rows, ids, strict=True) if of == unit]
+        names = dict.fromkeys(name for row in own for name in row)
+        made.append({n: sum(r[n] for r in own if n in r) / len(own) for n in names})  # type: ignore[misc]
+    return made
+
+
+def assert_exact(
+    model: nn.Module, batch: Batch, tolerance: float = 1e-10, ids: Any = None
+) -> BookKeepingHooks:
+    """Every row's gradient and its norm, in every parameter, equal those of the row alone.
+
+    With ``ids``, the ids of the rows' units: every unit's equal the mean of its rows', each alone.
+    """
     torch.manual_seed(0)
     for p in model.parameters():
         with torch.no_grad():
             p.copy_(torch.randn_like(p) * 0.4)
     wanted = row_gradients(model, batch)
+    wanted = wanted if ids is None else unit_gradients(wanted, ids)
     watched = BookKeepingHooks(model)
     for i, alone in enumerate(wanted):
         one = OneRow(model, i)
-        watched.backward(loss_of(model(**batch)), one)
+        watched.backward(loss_of(model(**batch)), one, ids)
         scale = sum(float(g.square().sum()) for g in alone.values()) ** 0.5
         for name, p in model.named_parameters():
             if not p.requires_grad:
@@ -527,6 +544,40 @@ def test_look_ups_and_ties() -> None:
     torch.manual_seed(1)
     ids = torch.tensor([[1, 2, 0], [3, 3, 3], [6, 0, 0], [5, 4, 1]])
     assert_exact(Lookups().double(), {"x": ids})
+
+
+class Tables(nn.Module):
+    """Tables that are computed, a part of another, and looked up by ids that the model makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = nn.Embedding(2, DIM)
+        self.scaled, self.part = nn.Parameter(floats(11, DIM)), nn.Parameter(floats(15, DIM))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = (torch.arange(x.shape[1]) % 2).expand(x.shape)
+        tables = F.embedding(x, self.scaled * 2) + F.embedding(x, self.part[2:13], padding_idx=3)
+        return (tables * (self.types(made.clone()) + self.types(x % 2))).tanh()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_tables_of_every_kind(rows: int) -> None:
+    torch.manual_seed(1)
+    assert_exact(Tables().double(), {"x": torch.randint(0, 11, (rows, 3))})
+
+
+def test_ids_that_the_model_makes_cost_what_the_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    enter = Book.add_embedding
+
+    def watched(self: Book, z: Any, ids: torch.Tensor, *rest: Any) -> None:
+        shapes.append(tuple(ids.shape))
+        enter(self, z, ids, *rest)
+
+    monkeypatch.setattr(Book, "add_embedding", watched)
+    torch.manual_seed(1)
+    assert_exact(Tables().double(), {"x": torch.randint(0, 11, (4, 3))})
+    assert set(shapes) == {(4, 3)}
 
 
 # --- refused, by name ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""ALBERT of docs/albert.py as a fifth family, for as long as a test module runs."""
+"""ALBERT of examples/support/albert.py as a fifth family, for as long as a test module runs."""
 
 import importlib.util
 import sys
@@ -39,8 +39,10 @@ SIZES: dict[str, Any] = {
 
 
 def load() -> ModuleType:
-    """docs/albert.py, as ``import albert`` gives it where docs/ is on the path."""
-    spec = importlib.util.spec_from_file_location("albert", ROOT / "docs" / "albert.py")
+    """The file, as ``import albert`` gives it where its folder is on the path."""
+    spec = importlib.util.spec_from_file_location(
+        "albert", ROOT / "examples" / "support" / "albert.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -2,18 +2,18 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
+from opacus.accountants import RDPAccountant, registry
 from transformers import AutoConfig, BertTokenizer
 
 import dpzoo
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))  # as when a script runs
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "studies")]  # as when a script runs
 
-import scratch  # noqa: E402
+from support import scratch  # noqa: E402
 
 from tests.examples.tiny import WORDS, sentence  # noqa: E402
 
@@ -54,6 +54,6 @@ def reviews(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RDP instead of PRV, which takes a good part of a second whenever it is asked for epsilon."""
-    engine = partial(dpzoo.PrivacyEngine, accountant="rdp")
-    monkeypatch.setattr(dpzoo, "PrivacyEngine", engine)
+    """RDP of few orders, all whole, instead of PRV, which takes seconds to find a noise multiplier."""
+    monkeypatch.setattr(RDPAccountant, "DEFAULT_ALPHAS", [*range(2, 40)])
+    monkeypatch.setitem(registry._ACCOUNTANTS, "prv", RDPAccountant)

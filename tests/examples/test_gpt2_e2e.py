@@ -5,11 +5,12 @@ from typing import Any
 
 import gpt2_e2e
 import pytest
-import scratch
 import torch
-from gpt2_e2e import IGNORED, Recipe, bleu, encode, generate, read_pairs
-from quickstart_data import DataError
-from recipes import read
+from gpt2_e2e import encode
+from support import scratch
+from support.data import DataError
+from support.generation import bleu, generate, read_pairs
+from support.rows import IGNORED
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.support import randomize
@@ -91,15 +92,15 @@ def test_generation_does_not_depend_on_the_batch(
 ) -> None:
     model, tokenizer = model_and_tokenizer
     tables = ["name[Cotto]", "name[Zizzi], food[Indian], food[Thai]", "food[French]"]
-    recipe = read(Recipe, "e2e-scratch", {"max_length": 64, "beams": beams})
-    together = generate(model, tokenizer, tables, recipe)
-    assert together == generate(model, tokenizer, tables, recipe, size=1)
+    options = {"length": 64, "beams": beams}
+    together = generate(model, tokenizer, tables, **options)
+    assert together == generate(model, tokenizer, tables, **options, size=1)
     assert any(together)
     assert tokenizer.padding_side == "right"
     with pytest.raises(
         DataError, match=r"a table has \d+ tokens, wanted fewer than .* 64 positions"
     ):
-        generate(model, tokenizer, ["name[A], " * 30], recipe)
+        generate(model, tokenizer, ["name[A], " * 30], **options)
 
 
 @pytest.mark.usefixtures("quick_accountant")
@@ -109,13 +110,13 @@ def test_the_whole_script(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpt2_e2e, "public_texts", lambda: TEXTS)
+    monkeypatch.setattr(scratch, "public_texts", lambda: TEXTS)
     out = tmp_path / "out"
     options = f"--data {tables} --out {out} --compare --nonprivate-epochs 1 {SMALL}"
     assert gpt2_e2e.main([*options.split(), "--nonprivate-batch-size", "10"]) == 0
     shown = capsys.readouterr().out
     private, _, plain = shown.partition("without privacy:")
-    for part in ("30 rows to train on, 6 held out", "epsilon 7.9", "add or remove one row"):
+    for part in ("30 rows to train on, 6 held out", " of 8 ", "add or remove one row"):
         assert part in private
     for half in (private, plain):
         assert "on 2 held-out tables (copying them:" in half

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel, pipeline
 from tests.examples.conftest import ROOT
 
 
+@pytest.mark.usefixtures("quick_accountant")
 def test_the_whole_script(
     checkpoint: Callable[[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -34,6 +35,11 @@ def test_the_whole_script(
     assert answer in pipeline("text-classification", str(out)).model.config.label2id
 
 
-def test_it_is_short() -> None:
-    lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 100
+def test_the_examples_are_few_and_short() -> None:
+    """Twelve scripts, each to be read alone; what they share is in support/."""
+    scripts = sorted((ROOT / "examples").glob("*.py"))
+    assert len(scripts) <= 12
+    for path in scripts:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        limit = {"quickstart": 80, "distributed": 250}.get(path.stem, 120)
+        assert len(lines) < limit, path.name

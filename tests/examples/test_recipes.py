@@ -4,32 +4,29 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-import every_parameter_recipe
 import gpt2_e2e
 import lora
 import masked_lm
-import multiple_choice
 import pytest
-import recipes
 import sst2_model
 import text_classification
-import token_classification
 import yaml
-from recipes import RecipeError, TrainingRecipe, read
+from support import classification, recipes
+from support.recipes import RecipeError, TrainingRecipe, read
 
 KINDS = {
     "e2e-gpt2": gpt2_e2e.Recipe,
     "e2e-scratch": gpt2_e2e.Recipe,
     "lora": lora.Recipe,
     "masked-lm": masked_lm.Recipe,
-    "multiple-choice": multiple_choice.Recipe,
-    "every-parameter": every_parameter_recipe.Recipe,
-    "sst2-minilm": every_parameter_recipe.Recipe,
+    "multiple-choice": TrainingRecipe,
+    "every-parameter": classification.Recipe,
+    "sst2-minilm": classification.Recipe,
     "sst2-study": sst2_model.Recipe,
     "text-classification": text_classification.Recipe,
     "text-classification-head": text_classification.Recipe,
     "text-classification-bias": text_classification.Recipe,
-    "token-classification": token_classification.Recipe,
+    "token-classification": TrainingRecipe,
 }
 """Every recipe of the repository, and what reads it."""
 

@@ -10,8 +10,9 @@ import pytest
 import token_classification
 import torch
 from masked_lm import MaskedRows
-from quickstart_data import DataError
-from rows import IGNORED, Rows
+from support import training
+from support.data import DataError
+from support.rows import IGNORED, Rows
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForMaskedLM,
@@ -75,9 +76,7 @@ def test_scores_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.tensor([[IGNORED, 0, 1, 1, 2]])
     logits = torch.nn.functional.one_hot(torch.tensor([[0, 0, 1, 2, 0]]), 3).float()
     out = type("Out", (), {"logits": logits})
-    monkeypatch.setattr(
-        token_classification, "outputs_of", lambda *_: iter([({"labels": labels}, out)])
-    )
+    monkeypatch.setattr(training, "outputs_of", lambda *_: iter([({"labels": labels}, out)]))
     rows: Any = None
     right, f1 = token_classification.scores(torch.nn.Linear(1, 1), rows, 0)
     assert (right, f1) == (0.5, pytest.approx(2 / 5))

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import recipes
 import torch
-import training
-from quickstart_data import DataError
-from recipes import RecipeError
-from rows import IGNORED, Batch, Rows, hold_out, micro_batches, padded, read_lines, trimmed
+from support import recipes, training
+from support.data import DataError
+from support.recipes import RecipeError
+from support.rows import IGNORED, Batch, Rows, hold_out, micro_batches, padded, read_lines, trimmed
 from text_classification import Recipe
 from torch.utils.data import DataLoader
 

@@ -60,7 +60,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 def privacy(**options: Any) -> PrivacyArguments:
     """Noise from a seed, and the accountant that is quick."""
-    settings: dict[str, Any] = {"noise_multiplier": 1.0, "max_grad_norm": 0.5, "accountant": "rdp"}
+    settings: dict[str, Any] = {"noise_multiplier": 1.0, "clipping_norm": 0.5, "accountant": "rdp"}
     if "target_epsilon" in options:
         settings.pop("noise_multiplier")
     return PrivacyArguments(**{**settings, "noise_seed": 5, **options})

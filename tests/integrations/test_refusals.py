@@ -36,9 +36,9 @@ def start() -> Any:
         ({"target_epsilon": 0.0}, "got target_epsilon=0.0, wanted a number above 0"),
         ({"noise_multiplier": -1.0}, "got noise_multiplier=-1.0, wanted 0 or more"),
         ({"target_delta": 1.0}, "got target_delta=1.0, wanted between 0 and 1"),
-        ({"max_grad_norm": 0.0}, "got max_grad_norm=0.0, wanted a number above 0"),
-        ({"max_grad_norm": float("nan")}, "got max_grad_norm=nan, wanted a number above 0"),
-        ({"max_grad_norm": float("inf")}, "got max_grad_norm=inf, wanted a number above 0"),
+        ({"clipping_norm": 0.0}, "got clipping_norm=0.0, wanted a number above 0"),
+        ({"clipping_norm": float("nan")}, "got clipping_norm=nan, wanted a number above 0"),
+        ({"clipping_norm": float("inf")}, "got clipping_norm=inf, wanted a number above 0"),
         ({"grad_sample_mode": "ew"}, "got grad_sample_mode='ew', wanted one of"),
         ({"clipping": "per_layer"}, "got clipping='per_layer', wanted one of"),
         (
@@ -277,7 +277,7 @@ class OwnLoss(DPTrainer):
 def test_an_overridden_loss_is_used(start: Any, tmp_path: Path) -> None:
     options = {
         "train_dataset": Rows(BERT),
-        "privacy": privacy(noise_multiplier=0.0, max_grad_norm=1e4),
+        "privacy": privacy(noise_multiplier=0.0, clipping_norm=1e4),
     }
     moved = []
     for kind in (DPTrainer, OwnLoss):

@@ -412,12 +412,25 @@ def test_a_finished_run_is_not_trained_on(start: Any, tmp_path: Path) -> None:
     assert_bit_equal(again.model.state_dict(), first.model.state_dict())
 
 
+def test_an_account_that_was_changed_is_refused(
+    start: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = copied(checkpoint, tmp_path) / STATE_NAME
+    fields = json.loads(path.read_text())
+    fields["history"][0][2] -= 1
+    path.write_text(json.dumps(fields))
+    with pytest.raises(
+        dpzoo.InputError, match=r"is damaged .*does not have the digest of what it says"
+    ):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
+
+
 def test_a_state_of_another_version_is_refused(
     start: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = copied(checkpoint, tmp_path) / STATE_NAME
-    path.write_text(path.read_text().replace('"version": 2', '"version": 9'))
-    with pytest.raises(dpzoo.InputError, match=r"has version 9, wanted 2\. Resume"):
+    path.write_text(path.read_text().replace('"version": 3', '"version": 9'))
+    with pytest.raises(dpzoo.InputError, match=r"has version 9, wanted 3\. Resume"):
         trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
     path.write_text("{")
     with pytest.raises(dpzoo.InputError, match="is damaged"):
@@ -426,7 +439,7 @@ def test_a_state_of_another_version_is_refused(
 
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"noise_multiplier": 2.0}, {}, r"PrivacyArguments.noise_multiplier=2.0 \(it was 1.0\)"),
-    ({"max_grad_norm": 1.0}, {}, r"PrivacyArguments.max_grad_norm=1.0 \(it was 0.5\)"),
+    ({"clipping_norm": 1.0}, {}, r"PrivacyArguments.clipping_norm=1.0 \(it was 0.5\)"),
     ({"grad_sample_mode": "ghost"}, {}, r"grad_sample_mode='ghost' \(it was 'bk'\)"),
     ({"target_delta": 1e-3}, {}, r"PrivacyArguments.target_delta=0.001 \(it was 0.0625\)"),
     ({}, {"gradient_accumulation_steps": 1}, r"per_device_train_batch_size=4 \(it was 8\)"),
@@ -495,7 +508,7 @@ def test_only_models_are_saved_where_only_they_are_asked_for(start: Any, tmp_pat
 
 def test_noise_goes_on_after_a_resumption(start: Any, tmp_path: Path) -> None:
     """The noise of later steps is new: no step has that of another."""
-    private = {"max_grad_norm": 1e-6, "noise_multiplier": 100.0}  # next to nothing but noise
+    private = {"clipping_norm": 1e-6, "noise_multiplier": 100.0}  # next to nothing but noise
     moves: list[torch.Tensor] = []
 
     class Moves(TrainerCallback):

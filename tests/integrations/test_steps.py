@@ -265,7 +265,7 @@ def test_automatic_clipping_brings_every_row_to_the_norm(tmp_path: Path) -> None
     start = dpzoo.convert(stock_model(BERT, torch.float32))
     models = {}
     for clipping in ("flat", "automatic"):
-        private = {"clipping": clipping, "max_grad_norm": 1e4, "noise_multiplier": 0.0}
+        private = {"clipping": clipping, "clipping_norm": 1e4, "noise_multiplier": 0.0}
         trainer = trainer_of(start, tmp_path, private, max_steps=1, learning_rate=1e-6)
         trainer.train()
         weight, before = trainer.model.classifier.weight, start.classifier.weight

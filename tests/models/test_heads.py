@@ -7,6 +7,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 import dpzoo
+from dpzoo.models import heads
 from dpzoo.registry import class_by_name
 from tests.support import ROUNDING, ROWS, SEQ, inputs_for, largest_error, stock_model
 
@@ -58,3 +59,9 @@ def test_prefix_tuning_of_a_classifier_equals_stock(name: str) -> None:
     for model in models:  # PEFT does not know the argument's new name yet
         with pytest.raises(ValueError, match="does not support past key values"):
             model(**inputs)
+
+
+@pytest.mark.parametrize(("old", "new"), heads._RENAMED.items())
+def test_the_tasks_earlier_names_stay_for_a_release(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"heads\.{old} is called heads\.{new} now"):
+        assert getattr(heads, old) is getattr(heads, new)

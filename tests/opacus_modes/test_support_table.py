@@ -1,4 +1,4 @@
-"""What runs under each release of Opacus that dpzoo allows: computed, and compared with the README.
+"""What runs under each release of Opacus that dpzoo allows: computed, and compared with docs/zoo.md.
 
 One class of each family stands for it here, the one with a tied output head; test_exactness.py goes
 through all 28. A new release of Opacus gets a column of its own in `RUNS`, once this file has said what
@@ -42,7 +42,7 @@ RUNS: dict[str, dict[str, tuple[str, ...]]] = {
         "stock GPT-2, 1 model": ("0", "0", "0", "0"),
     }
 }
-"""Opacus release -> row of the README's table -> what each of `MODES` does."""
+"""Opacus release -> row of the page's table -> what each of `MODES` does."""
 
 INSTALLED = ".".join(importlib.metadata.version("opacus").split(".")[:2])
 
@@ -152,8 +152,8 @@ def observed(row: str, mode: str) -> str:
     return "exact" if runs(lambda: exact_step(ONE_OF[family], mode)) else "no"
 
 
-def readme_table() -> dict[str, tuple[str, ...]]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def page_table() -> dict[str, tuple[str, ...]]:
+    text = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
     block = re.findall(r"<!-- modes -->(.*?)<!-- /modes -->", text, flags=re.DOTALL)
     assert len(block) == 1
     lines = [line.strip("| ") for line in block[0].splitlines() if line.startswith("|")]
@@ -186,6 +186,6 @@ def test_the_table_counts_every_class_and_every_stock_model() -> None:
     assert sum(int(cell) for cells in stock for cell in cells) == 5
 
 
-def test_the_readme_has_this_table() -> None:
-    assert readme_table() == RUNS[max(RUNS)]
-    assert list(readme_table()) == list(RUNS[max(RUNS)])
+def test_the_page_has_this_table() -> None:
+    assert page_table() == RUNS[max(RUNS)]
+    assert list(page_table()) == list(RUNS[max(RUNS)])

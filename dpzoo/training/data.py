@@ -1,0 +1,299 @@
+"""Rows out of a file, and what they are for: TSV, CSV, JSONL, Parquet, or a folder of `datasets`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpzoo.errors import InputError
+
+CLASSIFICATION, LANGUAGE_MODELLING = "classification", "language-modelling"
+TASKS = (CLASSIFICATION, LANGUAGE_MODELLING)
+
+LABELS = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic")
+TEXTS = ("text", "sentence", "content", "review", "document", "body", "message", "utterance")
+PAIRS = (
+    ("mr", "ref"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("source", "target"),
+    ("input", "output"),
+)
+"""Names of columns that are a prompt and the text that answers it."""
+
+MOST_LABELS = 50
+_NAME = re.compile(r"[A-Za-z_][\w.-]{0,30}( [\w.-]{1,30})?")
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file, by columns.
+
+    Args:
+        columns: name -> values, one for each row.
+        note: what was guessed of the file, for a person.
+    """
+
+    columns: dict[str, list[Any]]
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned from a table.
+
+    Args:
+        name: "classification" or "language-modelling".
+        text: the column with the text; of a language model, the text that it learns to write.
+        label: the column with the class; None for language modelling.
+        prompt: the column with what the text answers, which is read and not learned; or None.
+        labels: the classes, sorted.
+        reason: why, for a person.
+    """
+
+    name: str
+    text: str
+    label: str | None
+    prompt: str | None
+    labels: tuple[str, ...]
+    reason: str
+
+
+def read_table(path: str | Path, header: bool | None = None) -> Table:
+    """Read a file, or a folder that `datasets.Dataset.save_to_disk` wrote.
+
+    Args:
+        path: .tsv, .csv, .jsonl (or .json with a row on each line), .parquet, or a folder. The last two
+            need the package datasets.
+        header: whether the first line of a TSV or CSV file has the columns' names; None to guess.
+
+    Raises:
+        InputError: the file is not there, of another kind, empty, or a row is not like the others.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"The data file {path} does not exist.")
+    kind = path.suffix.lower()
+    if path.is_dir() or kind == ".parquet":
+        table = Table(_with_datasets(path))
+    elif kind in _DELIMITERS:
+        table = _delimited(path, _DELIMITERS[kind], header)
+    elif kind in (".jsonl", ".json", ".ndjson"):
+        table = Table(_json_lines(path))
+    else:
+        raise InputError(
+            f"The data file {path} has the ending {kind!r}, wanted .tsv, .csv, .jsonl or .parquet, or a "
+            f"folder that datasets' save_to_disk wrote."
+        )
+    if not table.columns or len(table) < 2:
+        raise InputError(f"{path} has fewer than 2 rows: no batch hides one row.")
+    return table
+
+
+def _delimited(path: Path, delimiter: str, header: bool | None) -> Table:
+    quoting: Any = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE  # in TSV, text
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file, delimiter=delimiter, quoting=quoting) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text in columns: {error}") from None
+    if not rows:
+        return Table({})
+    width = len(rows[0])
+    for number, row in enumerate(rows, start=1):
+        if len(row) != width:
+            raise InputError(
+                f"{path}, row {number}, has {len(row)} columns, wanted {width} as in the first row. Quote "
+                f"texts that have a {delimiter!r} in them (CSV), or remove it (TSV)."
+            )
+    first = rows[0]
+    guessed = len(set(first)) == width and all(_NAME.fullmatch(cell.strip()) for cell in first)
+    guessed &= all(cell not in {row[i] for row in rows[1:]} for i, cell in enumerate(first))
+    if header if header is not None else guessed:
+        names, rows = [cell.strip() for cell in first], rows[1:]
+        note = f"the first line names the columns: {', '.join(names)}"
+    else:
+        names = [f"column {i + 1}" for i in range(width)]
+        note = "no line of names: the columns are called " + ", ".join(names)
+    return Table({name: [row[i] for row in rows] for i, name in enumerate(names)}, note)
+
+
+def _json_lines(path: Path) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {}
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}, is not JSON: {error}") from None
+            if not isinstance(row, dict) or (columns and row.keys() != columns.keys()):
+                got = sorted(row) if isinstance(row, dict) else type(row).__name__
+                raise InputError(
+                    f"{path}, line {number}, has {got}, wanted an object with the keys of the first line: "
+                    f"{sorted(columns)}."
+                )
+            for key, value in row.items():
+                columns.setdefault(str(key), []).append(value)
+    return columns
+
+
+def _with_datasets(path: Path) -> dict[str, list[Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"{path} is a Parquet file or a folder, which the package datasets reads. Install it "
+            f"(python -m pip install 'dpzoo[data]'), or give a .tsv, .csv or .jsonl file."
+        ) from None
+    if path.is_dir():
+        found = datasets.load_from_disk(str(path))
+        if isinstance(found, datasets.DatasetDict):
+            if "train" not in found:
+                raise InputError(f"{path} has the splits {sorted(found)}, wanted train among them.")
+            found = found["train"]
+    else:
+        found = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    columns = {name: list(found[name]) for name in found.column_names}
+    for name, feature in found.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            columns[name] = [feature.int2str(value) for value in columns[name]]
+    return columns
+
+
+# --- the task -----------------------------------------------------------------------------------
+
+
+def guess_task(
+    table: Table,
+    *,
+    task: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Task:
+    """What a table is for: what is given, and the rest by its columns.
+
+    Args:
+        table: the training rows.
+        task, text, label, prompt: of `Task`; None to guess.
+        labels: all classes; None for those that occur.
+
+    Raises:
+        InputError: nothing fits, or several columns do.
+    """
+    columns = table.columns
+    if task is not None and task not in TASKS:
+        raise InputError(f"task={task!r}, wanted one of {TASKS}.")
+    for option, name in (("text", text), ("label", label), ("prompt", prompt)):
+        if name is not None and name not in columns:
+            raise InputError(f"{option}={name!r} is no column; there are {sorted(columns)}.")
+    if label is not None and (prompt is not None or task == LANGUAGE_MODELLING):
+        raise InputError(f"label={label!r} is for classification, wanted none beside a prompt.")
+    if label is None and prompt is None and task != LANGUAGE_MODELLING:
+        label = _label_column(columns, text, needed=task == CLASSIFICATION)
+    if label is not None:
+        text = text or _text_column(columns, label)
+        found = sorted({_class(label, row, value) for row, value in enumerate(columns[label], 1)})
+        classes = tuple(labels) if labels else tuple(found)
+        strange = sorted(set(found) - set(classes))
+        if strange or len(classes) < 2:
+            raise InputError(
+                f"Column {label!r} has the classes {', '.join(strange or found)[:200]}, wanted "
+                + (f"only those of labels={list(classes)}." if strange else "at least 2.")
+            )
+        reason = f"column {label!r} has {len(found)} classes, column {text!r} is the text"
+        return Task(CLASSIFICATION, text, label, None, classes, reason)
+    if text is None and prompt is None:
+        pair = next((p for p in PAIRS if set(p) <= set(columns)), None)
+        if pair is not None:
+            prompt, text = pair
+    text = text or _text_column(columns, prompt)
+    reason = f"no column of classes, column {text!r} is what is learned"
+    reason += f", after column {prompt!r}" if prompt else ""
+    return Task(LANGUAGE_MODELLING, text, None, prompt, (), reason)
+
+
+def _label_column(columns: dict[str, list[Any]], text: str | None, *, needed: bool) -> str | None:
+    others = {name: values for name, values in columns.items() if name != text}
+    rows = len(next(iter(columns.values())))
+    few = [
+        name
+        for name, values in others.items()
+        if len(columns) > 1
+        and 2 <= len({str(value) for value in values}) <= min(MOST_LABELS, max(2, rows // 4))
+    ]
+    named = [name for name in others if name.lower() in LABELS and name in few]
+    if len(named) == 1 or len(few) == 1:
+        return (named or few)[0]
+    if few or needed:
+        raise InputError(
+            f"{'Several columns' if few else 'No column'} of {sorted(columns)} could be the class"
+            f"{': ' + ', '.join(sorted(few)) if few else ''}. Name it with label (--label)"
+            + ("." if needed else ", or say task='language-modelling' (--task).")
+        )
+    return None
+
+
+def _text_column(columns: dict[str, list[Any]], taken: str | None) -> str:
+    texts = [
+        name
+        for name, values in columns.items()
+        if name != taken and {type(value) for value in values} - {type(None)} == {str}
+    ]
+    named = [name for name in texts if name.lower() in TEXTS]
+    if len(named) == 1:
+        return named[0]
+    if len(texts) == 1:
+        return texts[0]
+    raise InputError(
+        f"{'Several' if texts else 'None'} of the columns {sorted(columns)} could be the text. Name it "
+        f"with text (--text)."
+    )
+
+
+def _class(column: str, row: int, value: Any) -> str:
+    name = "" if value is None else str(value).strip()
+    if not name:
+        raise InputError(f"Row {row} has no class in column {column!r}, wanted one in every row.")
+    return name
+
+
+def class_indices(table: Table, task: Task) -> list[int]:
+    """The class of every row, as its index in ``task.labels``.
+
+    Raises:
+        InputError: a row has no class, or one that is not among them.
+    """
+    assert task.label is not None
+    index = {name: i for i, name in enumerate(task.labels)}
+    if task.label not in table.columns:
+        raise InputError(f"There is no column {task.label!r}; there are {sorted(table.columns)}.")
+    names = [_class(task.label, row, v) for row, v in enumerate(table.columns[task.label], 1)]
+    strange = sorted({name for name in names if name not in index})
+    if strange:
+        raise InputError(
+            f"Column {task.label!r} has {strange[:5]}, wanted only the classes of the training rows: "
+            f"{list(task.labels)}. Name all classes with labels (--labels)."
+        )
+    return [index[name] for name in names]
+
+
+def texts_of(table: Table, column: str) -> list[str]:
+    """A column as texts; a missing one is the empty text."""
+    if column not in table.columns:
+        raise InputError(f"There is no column {column!r}; there are {sorted(table.columns)}.")
+    return ["" if value is None else str(value) for value in table.columns[column]]

@@ -1,0 +1,1 @@
+"""What the examples share: data, rows, recipes, models and one training loop."""

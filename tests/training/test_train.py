@@ -1,0 +1,277 @@
+"""`dpzoo.train` and ``dpzoo train`` on tiny models from scratch: choices, plan, card, resuming."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import dpzoo
+from dpzoo.cli import main
+from dpzoo.heads import output_layer
+from dpzoo.training import Recipe
+from dpzoo.training import run as module
+from dpzoo.training.recipe import choose
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)
+
+
+GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
+BERT = {
+    "model_type": "bert",
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [{"text": f"{'good' if i % 2 else 'bad'} {i}", "label": "np"[i % 2]} for i in range(80)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "gpt2.json").write_text(json.dumps(GPT2))
+    (tmp_path / "bert.json").write_text(json.dumps(BERT))
+    return tmp_path
+
+
+QUICK = {"epochs": 1, "batch_size": 16, "epsilon": 3.0}  # one search for the noise, five steps
+
+
+def recipe(folder: Path, config: str = "gpt2", **options: Any) -> dict[str, Any]:
+    settings = {"data": str(folder / "rows.jsonl"), "model": str(folder / f"{config}.json")}
+    return {**settings, "out": str(folder / "out"), **QUICK, **options}
+
+
+@pytest.mark.parametrize("trainable", ["head", "lora", "bias", "all"])
+def test_a_classifier(trainable: str, folder: Path) -> None:
+    said: list[str] = []
+    # GPT-2's classes are read off the last token, of which a head alone makes nothing here.
+    model = "bert" if trainable == "head" else "gpt2"
+    run = dpzoo.train(recipe(folder, model, trainable=trainable), say=said.append)
+    assert run.card is not None
+    assert 2.5 < run.card.epsilon <= 3.0
+    assert run.card.delta == 1 / run.plan.units
+    assert run.card.steps == run.plan.steps
+    assert run.card.noise_multiplier == pytest.approx(run.plan.noise_multiplier)
+    assert run.metrics is not None
+    assert 0 <= run.metrics["accuracy"] <= 1
+    out = folder / "out"
+    saved = json.loads((out / "privacy.json").read_text())
+    assert saved["epsilon"] == run.card.epsilon
+    assert "Set by hand: epochs, batch_size, trainable" in saved["tuned"]
+    assert "## Privacy" in (out / "README.md").read_text()
+    for path in out.rglob("*"):
+        assert "not_private" not in path.name
+        assert path.name not in (
+            "trainer_state.json",
+            "training_args.bin",
+            "privacy_random_state.pt",
+        )
+    assert pipeline("text-classification", str(out))("good 3")[0]["label"] in ("n", "p")
+    stock = AutoModelForSequenceClassification.from_pretrained(out)
+    assert stock.config.id2label == {0: "n", 1: "p"}
+    assert (out / "adapter" / "adapter_config.json").exists() == (trainable == "lora")
+    text = "\n".join(said)
+    for line in (
+        "task      classification: column 'label' has 2 classes",
+        "not covered by epsilon",
+    ):
+        assert line in text
+    assert any(line.startswith("step") and "(not private)" in line for line in said)
+    work = folder / "out.run"
+    assert work.exists() == (trainable != "head")
+    if work.exists():
+        header, first, *_ = (work / "log_not_private.csv").read_text().splitlines()
+        assert header == "step,loss,learning_rate,epsilon"
+        assert first.startswith("1,")
+
+
+def test_what_is_trained_moves_and_the_rest_stays(folder: Path) -> None:
+    torch.manual_seed(0)
+    dpzoo.train(recipe(folder, trainable="bias"))
+    transformers.set_seed(0)
+    config = transformers.AutoConfig.from_pretrained(folder / "gpt2.json", num_labels=2)
+    config.vocab_size, config.pad_token_id = 259, 0
+    start = AutoModelForSequenceClassification.from_config(config)
+    end = AutoModelForSequenceClassification.from_pretrained(folder / "out")
+    head = {id(p) for p in output_layer(end)[1].parameters()}
+    weights = start.state_dict()
+    for name, parameter in end.named_parameters():
+        moved = not torch.equal(parameter, weights[name])
+        assert moved == (name.endswith("bias") or id(parameter) in head), name
+
+
+def test_a_language_model_of_prompts_and_answers(folder: Path) -> None:
+    lines = [f'"name[{i}], food[{"tea" if i % 2 else "pie"}]","we eat {i}"' for i in range(60)]
+    (folder / "pairs.csv").write_text("mr,ref\n" + "\n".join(lines) + "\n")
+    said: list[str] = []
+    told = recipe(folder, data=str(folder / "pairs.csv"), learning_rate=0.02, epochs=4)
+    run = dpzoo.train({**told, "statistics": True}, say=said.append)
+    assert run.metrics is not None
+    assert run.metrics["loss"] < run.metrics["loss before training"]
+    assert any(
+        line.startswith("trained   all: the model begins from random weights") for line in said
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out")
+    assert tokenizer("ab")["input_ids"][:2] == [ord("a") + 3, ord("b") + 3]
+    transformers.GPT2LMHeadModel.from_pretrained(folder / "out")
+    assert (folder / "out.run" / "statistics_not_private.jsonl").exists()
+    assert (folder / "out.run" / "statistics_not_private.png").exists()
+
+
+def test_labels_are_those_of_the_answer(folder: Path) -> None:
+    (folder / "pairs.csv").write_text(
+        "prompt,completion\nab,cde\n" + "".join(f"x{i},y{i}\n" for i in range(40))
+    )
+    job = module._Job(
+        Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), [], lambda line: None
+    )
+    table = module.Table({"prompt": ["ab", "p" * 99], "completion": ["cde", "q" * 99]})
+    short, long = module._encode(job, table)
+    a, end = ord("a") + 3, job.tokenizer.eos_token_id
+    assert short["input_ids"] == [a, a + 1, end, a + 2, a + 3, a + 4, end]
+    assert short["labels"] == [-100] * 3 + short["input_ids"][3:]
+    assert len(long["input_ids"]) == 64 == len(long["attention_mask"])
+    assert sum(label != -100 for label in long["labels"]) == 32  # the answer keeps half
+
+
+def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(folder.rglob("*"))
+    options = ["--model", str(folder / "gpt2.json"), "--out", str(folder / "out"), "--epsilon", "2"]
+    assert main(["train", str(folder / "rows.jsonl"), *options, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    for part in (
+        "privacy   epsilon 2 at delta",
+        "noise     multiplier",
+        "signal    at most",
+        "time ",
+    ):
+        assert part in told
+    assert told.endswith("nothing was trained (dry run)\n")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    told = recipe(folder, trainable="all", epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Told, "on_step_end", killed, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            dpzoo.train(told)
+    assert not (folder / "out").exists()
+    with pytest.raises(dpzoo.InputError, match=r"that was not finished \(checkpoint-2\)"):
+        dpzoo.train(told)
+    with pytest.raises(
+        dpzoo.InputError, match=r"resumed with {'epochs': 9.0}, and .* {'epochs': 2.0}"
+    ):
+        dpzoo.train({**told, "epochs": 9}, resume=True)
+    run = dpzoo.train({"data": told["data"], "out": told["out"]}, resume=True)
+    assert run.card is not None
+    assert run.card.steps == run.plan.steps == 2 * -(-run.plan.units // 16)
+    assert run.card.epsilon <= 3.0  # the step that was done again is the same one
+    assert "Set by hand: epochs, batch_size, trainable" in str(run.card.tuned)
+    with pytest.raises(dpzoo.InputError, match=r"out is not empty. Name another with out"):
+        dpzoo.train(told, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit": "user"}, "There is no column 'user'; there are"),
+        ({"unit": "text", "trainable": "head"}, "trainable='head' got unit='text', wanted none"),
+        ({"max_rows_per_unit": 2}, "max_rows_per_unit came without unit, wanted both or none"),
+        ({"trainable": "some"}, "trainable='some', wanted one of"),
+        ({"epsilon": 0.0}, "epsilon=0.0, wanted a number above 0"),
+        ({"heldout_share": 0.9}, "heldout_share=0.9, wanted above 0, at most 0.5"),
+        ({"epochs": "many"}, "The recipe has epochs='many', wanted float"),
+        ({"batch_size": 1.5}, "The recipe has batch_size=1.5, wanted int"),
+        ({"colour": "red"}, r"unknown keys \['colour'\], wanted data and any of"),
+        ({"delta": 0.5}, r"target_delta=0.5 for \d+ rows, wanted at most"),
+        ({"model": "not/there.json"}, "transformers cannot load the model not/there.json: "),
+    ],
+)
+def test_settings_that_do_not_fit(options: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(dpzoo.InputError, match=message):
+        dpzoo.train(recipe(folder, **options))
+
+
+def test_the_unit_may_be_whose_a_row_is(folder: Path) -> None:
+    rows = [
+        {"text": f"{'good' if i % 2 else 'bad'} {i}", "label": "np"[i % 2], "user": f"u{i % 40}"}
+        for i in range(160)
+    ]
+    (folder / "owned.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = recipe(folder, data=str(folder / "owned.jsonl"), unit="user", label="label", text="text")
+    said: list[str] = []
+    run = dpzoo.train({**told, "trainable": "bias", "max_rows_per_unit": 3}, say=said.append)
+    assert run.card is not None
+    assert 20 < run.card.units < 40
+    assert run.card.delta == 1 / run.card.units
+    assert run.card.unit == "all rows of the training data of one 'user'"
+    assert run.plan.units == run.card.units
+    split = next(line for line in said if line.startswith("split"))
+    held_out = int(split.split(", ")[1].split()[0])
+    assert held_out == 4 * (40 - run.card.units)  # whole users
+
+
+def test_an_encoder_is_no_language_model(folder: Path) -> None:
+    told = recipe(folder, "bert", task="language-modelling", text="text")
+    with pytest.raises(
+        dpzoo.InputError, match=r"bert.json is a bert, .* wanted a decoder such as GPT-2"
+    ):
+        dpzoo.train(told)
+    with pytest.raises(dpzoo.InputError, match="trainable='head' is for classification"):
+        dpzoo.train(recipe(folder, task="language-modelling", text="text", trainable="head"))
+
+
+def test_a_recipe_file_and_options_over_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"{key}: {value}" for key, value in recipe(folder).items()]
+    (folder / "run.yaml").write_text("\n".join([*lines, "learning_rate: 1e-3", "epsilon: 5"]))
+    assert Recipe.of(folder / "run.yaml").learning_rate == 1e-3
+    assert main(["train", str(folder / "run.yaml"), "--epsilon", "2", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "epsilon 2 at" in told
+    assert "learning rate 0.001" in told
+    (folder / "empty.yaml").write_text("- a\n")
+    with pytest.raises(dpzoo.InputError, match="has no `key: value` lines"):
+        Recipe.of(folder / "empty.yaml")
+    assert main(["train", str(folder / "gone.csv")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "parameters", "chosen"),
+    [(3_000, 22_700_000, "head"), (67_349, 22_700_000, "all"), (67_349, 10**9, "lora")],
+)
+def test_what_is_trained_follows_rows_and_parameters(
+    rows: int, parameters: int, chosen: str
+) -> None:
+    trainable, why = choose("classification", rows, parameters, 8.0, 1 / rows, scratch=False)
+    assert trainable == chosen
+    assert (
+        f"of all {parameters:,} parameters, {rows:,} rows at epsilon 8 would give a signal" in why
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs" / "train").iterdir())
+)
+def test_the_recipes_are_read(path: Path) -> None:
+    told = Recipe.of(path)
+    assert path.stem.endswith(str(told.trainable))
+    assert told.given().keys() >= {"eval", "model", "epochs", "batch_size", "learning_rate"}
