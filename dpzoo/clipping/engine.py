@@ -13,6 +13,7 @@ from typing import Any
 import opacus
 import torch
 from torch import nn, optim
+from torch.distributed.tensor import DTensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -30,6 +31,7 @@ from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import (
     BookKeepingOptimizer,
     DistributedBookKeepingOptimizer,
+    ShardedBookKeepingOptimizer,
     refuse_optimizer,
     source_of,
     with_release,
@@ -258,7 +260,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 )
             kind = AdaptiveBookKeepingOptimizer
         elif distributed:
-            kind = DistributedBookKeepingOptimizer
+            sharded = any(
+                isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"]
+            )
+            kind = ShardedBookKeepingOptimizer if sharded else DistributedBookKeepingOptimizer
         return kind(optimizer, noise=noise, **kwargs)
 
     def save_checkpoint(
