@@ -424,9 +424,11 @@ def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_mapped(change, item) for item in value)
     if isinstance(value, Mapping):
-        made = copy.copy(value)
+        made: Any = copy.copy(value)
         for key, item in value.items():
-            made[key] = _mapped(change, item)  # type: ignore[index]
+            made[key] = _mapped(change, item)
+        for key, item in getattr(value, "__dict__", {}).items():  # of dpzoo's outputs: the rows' losses
+            object.__setattr__(made, key, _mapped(change, item))
         return made
     return value
 
@@ -440,7 +442,7 @@ def _zero_row(x: torch.Tensor) -> torch.Tensor:
 
 
 def _no_row(x: torch.Tensor) -> torch.Tensor:
-    return x[:0] if x.ndim and len(x) == 1 else x
+    return x[:0] if x.ndim and len(x) == 1 else x if x.ndim else x * 0  # a loss of no rows
 
 
 def _rows_of(kwargs: Any, tensors: list[torch.Tensor]) -> int:
