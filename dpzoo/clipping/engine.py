@@ -80,6 +80,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
         super().__init__(accountant=accountant, secure_mode=False)  # Opacus' wants torchcsprng
         self._keyed = secure_mode
+        self.replicated = False
+        """Whether every rank has the whole model, its own share of one draw, and no wrapper to say so."""
         if accountant == "gdp":
             warnings.warn(
                 "accountant='gdp' is a central-limit approximation, and its epsilon can be far below the "
@@ -169,7 +171,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             if isinstance(loader.dataset[0], dict) or grad_sample_mode == "bk":
                 prime_empty_batches(loader)
             count_draws(loader, draws)
-            _refuse_equal_ranks(private_optimizer)
+            if not self.replicated:  # then the draws are the caller's
+                _refuse_equal_ranks(private_optimizer)
         if grad_sample_mode != "bk":
             if len(made) == 4:
                 _count_ghost_rows(made[2], draws)
@@ -238,6 +241,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         **kwargs: Any,
     ) -> Any:
         noise = source_of(noise_generator)
+        distributed = distributed or self.replicated
         if grad_sample_mode != "bk":
             made = super()._prepare_optimizer(
                 optimizer=optimizer,

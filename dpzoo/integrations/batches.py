@@ -33,8 +33,11 @@ class PoissonBatches(Sampler[list[int]]):
             counter begins at t * 2^192, so that no two steps share one. None takes fresh ones from the
             operating system, every time.
         current_step: gives the number of steps done so far, read when an epoch begins.
+        rank: of this process: it gets every ``ranks``-th row of each draw.
+        ranks: processes that draw alike, with one key.
 
     Guarantees:
+        The rows that all ranks have of a step are the draw of one process, each once.
         The batch of step t is drawn for step t alone. In a resumed epoch the first batches are those
         that were taken before, for the loop to pass over.
     """
@@ -46,7 +49,10 @@ class PoissonBatches(Sampler[list[int]]):
         steps: int,
         key: int | None,
         current_step: Callable[[], int],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        self.rank, self.ranks = rank, ranks
         self.rows, self.sample_rate, self.steps, self.key = rows, sample_rate, steps, key
         self._current_step = current_step
         self._began = False
@@ -69,7 +75,7 @@ class PoissonBatches(Sampler[list[int]]):
             first -= first % self.steps
             self._began = True
         for step in range(first, first + self.steps):
-            yield [step, *self.draw(step)]
+            yield [step, *self.draw(step)[self.rank :: self.ranks]]
 
     def __len__(self) -> int:
         return self.steps
@@ -83,13 +89,20 @@ class LogicalBatches(Dataset[Any]):
         collate: a list of rows -> a dict of tensors.
         physical: rows that a part has at most.
         key: secret; what loading and collating draw from Python's, numpy's and torch's global generators
-            follows from it and from the step's number.
+            follows from it, from the step's number and from the rank.
+        rank: of this process.
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], physical: int, key: int
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        physical: int,
+        key: int,
+        rank: int = 0,
     ) -> None:
         self.dataset, self.collate, self.physical, self.key = dataset, collate, physical, key
+        self.rank = rank
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -97,7 +110,7 @@ class LogicalBatches(Dataset[Any]):
     def __getitems__(self, batch: list[int]) -> dict[str, Any]:
         """``{"step": number, "rows": drawn, "parts": [collated, ...]}``; an empty batch has no parts."""
         step, *indices = batch
-        with seeded(self.key, step, 0):
+        with seeded(self.key, step, 2 * self.rank):
             cuts = range(0, len(indices), self.physical)
             chunks = [indices[start : start + self.physical] for start in cuts]
             parts = [self.collate(self._rows(chunk)) for chunk in chunks]
