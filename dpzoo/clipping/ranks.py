@@ -9,9 +9,13 @@ all others, within the time-out of the process group (``init_process_group(timeo
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,24 +33,32 @@ _SHARED: list[tuple[Any, Ranks]] = []  # of the present process group
 
 
 class Ranks:
-    """The processes of the default process group, and a gloo group for what they tell each other."""
+    """The processes of the default process group, and a gloo group for what they tell each other.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: for all that ranks wait for; None for the process group's.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
         group: Any = distributed.group.WORLD
         kinds = [torch.device(kind) for kind in ("cuda", "cpu")]
         backends = [group._get_backend(d) for d in kinds if d in group._device_types]
-        self.timeout = backends[0].options._timeout
+        self.timeout: timedelta = timeout or backends[0].options._timeout
+        if timeout is not None:
+            distributed.distributed_c10d._set_pg_timeout(timeout)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self._group = distributed.new_group(backend="gloo", timeout=self.timeout)
         store = distributed.distributed_c10d._get_default_store()
         self._store = distributed.PrefixStore("dpzoo", store)
         self._meetings = 0
+        self._broken = False
+        atexit.register(self._end)
 
     @classmethod
-    def present(cls) -> Ranks:
+    def present(cls, timeout: timedelta | None = None) -> Ranks:
         """Those of the present process group, made once: a collective the first time."""
         if not _SHARED or _SHARED[0][0] is not distributed.group.WORLD:
-            _SHARED[:] = [(distributed.group.WORLD, cls())]
+            _SHARED[:] = [(distributed.group.WORLD, cls(timeout))]
         return _SHARED[0][1]
 
     def meet(self, place: str, word: Any = None) -> list[Any]:
@@ -85,7 +97,7 @@ class Ranks:
         except RuntimeError as error:
             if not isinstance(error, distributed.DistError) and not _GLOO.search(str(error)):
                 raise
-            missing = self._missing()
+            missing, self._broken = self._missing(), True
             who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
             raise RankError(
                 f"Rank {self.rank} waited in vain for {who} at the {place} (the time-out is "
@@ -93,6 +105,13 @@ class Ranks:
                 f"failed: its own log says why. Nothing of this step was released by this rank; if it was "
                 f"begun it is paid. End all ranks, and resume from the last checkpoint."
             ) from error
+
+    def _end(self) -> None:
+        """At the end of the process: gloo's threads would wait for the lost rank for ever."""
+        if self._broken:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
 
     def fail(self, error: BaseException) -> None:
         """This rank has refused something: tell the others, who come to their next meeting."""

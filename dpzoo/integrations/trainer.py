@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -192,8 +193,10 @@ class DPTrainer(Trainer):
         else:
             self._begin()
         if self.args.world_size > 1:
+            # On the CPU transformers does not hand the time-out on.
+            ranks = Ranks.present(timedelta(seconds=self.args.ddp_timeout))
             shared = self._account.run, self._batch_key
-            self._account.run, self._batch_key = Ranks.present().share(shared)
+            self._account.run, self._batch_key = ranks.share(shared)
         self.optimizer, self.lr_scheduler = self._given
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
