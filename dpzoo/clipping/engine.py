@@ -286,8 +286,16 @@ class PrivacyEngine(opacus.PrivacyEngine):
         by its owner only; keep it as the data are kept.
 
         Raises:
+            InputError: the model is under FSDP2.
             OSError: it could not be written; what was there before stands.
         """
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            raise InputError(
+                "save_checkpoint got a model under FSDP2, of which each rank has a part, wanted whole "
+                "parameters. Save model, optimizer and optimizer.noise_state() (secret) with "
+                "torch.distributed.checkpoint, and keep the steps in a ledger: "
+                "optimizer.release.watched_by(dpzoo.ledger.Ledger(path))."
+            )
         saved = dict(checkpoint_dict or {})
         release = getattr(optimizer, "release", None)
         if release is not None:

@@ -71,8 +71,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self.nonfinite_rows = 0
         """Rows so far whose gradient was not finite, and which contributed nothing."""
         self._shards = Shards(m) if isinstance(m, FSDPModule) else None
-        if isinstance(m, DistributedDataParallel):
-            silence(m)
+        self._undo = silence(m) if isinstance(m, DistributedDataParallel) else None
         self._handles: list[RemovableHandle] = [
             m.register_forward_pre_hook(self._begin, with_kwargs=True),
             m.register_forward_hook(self._end, always_call=True),
@@ -290,7 +289,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 self._verifying = False
         self._book = book
         try:
-            with self._gathering():
+            with self._gathering(book.hand_on):
                 run_backward(recorder, losses.sum(), self.anchor, retain_graph=False)
         finally:
             self._book = None
@@ -310,9 +309,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             contextlib.nullcontext() if self._shards is None else self._shards.ranks.waiting(place)
         )
 
-    def _gathering(self) -> Any:
-        """A backward pass, in which FSDP2's parameters are gathered."""
-        return contextlib.nullcontext() if self._shards is None else self._shards.backward()
+    def _gathering(self, *finish: Callable[[], None]) -> Any:
+        """A backward pass, in which FSDP2's parameters are gathered; ``finish`` needs them, too."""
+        return contextlib.nullcontext() if self._shards is None else self._shards.backward(*finish)
 
     def _any_rank(self, check: bool) -> bool:
         """Whether a rank wants to check this backward pass: under FSDP2 all take part in the extra pass."""
@@ -345,6 +344,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             self._handles.pop().remove()
         if self._shards is not None:
             self._shards.release()
+        if self._undo is not None:
+            self._undo()
 
     def cleanup(self) -> None:
         """Take the taps off, and what was hung on the parameters."""

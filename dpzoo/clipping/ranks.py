@@ -13,7 +13,7 @@ import atexit
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -139,8 +139,11 @@ class Ranks:
             return []
 
 
-def silence(ddp: DistributedDataParallel) -> None:
+def silence(ddp: DistributedDataParallel) -> Callable[[], None]:
     """Keep DDP from averaging gradients: there are none, and the sums are added up in the step.
+
+    Returns:
+        What undoes it.
 
     Raises:
         UnsupportedModelError: an option of DDP that would not be honoured.
@@ -156,8 +159,12 @@ def silence(ddp: DistributedDataParallel) -> None:
             f"DistributedDataParallel has {' and '.join(wrong)}, which grad_sample_mode='bk' would pass "
             f"by: it forms no ordinary gradients. Leave it out; for bf16 use torch.autocast."
         )
-    # As in its no_sync(): no hook of a gradient waits for the others.
-    ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
+    # As in its no_sync(): no hook of a gradient waits for the others. To look for unused parameters it
+    # would take the outputs apart, and lose the rows' losses.
+    fields = "require_backward_grad_sync", "require_forward_param_sync", "find_unused_parameters"
+    before = {field: getattr(ddp, field) for field in fields}
+    vars(ddp).update(dict.fromkeys(fields, False))
+    return lambda: vars(ddp).update(before)
 
 
 class Shards:
@@ -189,7 +196,7 @@ class Shards:
         self._events: list[
             tuple[bool, Any]
         ] = []  # (left, not entered; module), since the last backward
-        self._position = 0
+        self._position, self._finish = 0, lambda: None
         for name, parameter in self.named:
             _refuse_placement(name, parameter)
 
@@ -230,9 +237,13 @@ class Shards:
         self._events.clear()
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
-        """A backward pass over all layers, whether or not gradients reach them."""
-        self._position = len(self._events)
+    def backward(self, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """A backward pass over all layers, whether or not gradients reach them.
+
+        Args:
+            finish: called before a layer's parameters go.
+        """
+        self._position, self._finish = len(self._events), finish
         yield
         self._back_to(0)
 
@@ -246,6 +257,7 @@ class Shards:
                     module.unshard()
                     module.set_unshard_in_backward(False)
                 else:
+                    self._finish()
                     module.reshard()
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,10 @@ class Case:
         shares: the rows of the batch that each rank has.
         noise: the noise multiplier.
         parts: each rank's rows come in so many parts.
+        uneven: rank 1 has one part more.
         frozen: parameters whose names contain this are frozen.
-        options: more arguments of make_private.
+        clipping: as of make_private; "per_layer" with a norm for each parameter.
+        reduction: of the loss.
         mixed: under FSDP2, the layers compute in bfloat16.
         checkpointing: activations are computed again in the backward pass.
     """
@@ -53,6 +55,7 @@ class Case:
     shares: Sequence[Sequence[int]] = ((0, 1, 2), (3,))
     noise: float = 0.0
     parts: int = 1
+    uneven: bool = False
     frozen: str = "-"
     clipping: str = "flat"
     reduction: str = "mean"
@@ -62,13 +65,11 @@ class Case:
     @property
     def id(self) -> str:
         """A name that says what is not the default."""
-        said = [self.name, self.way]
-        for key, default in vars(Case("", "")).items():
-            value = getattr(self, key)
-            if key not in ("name", "way") and value != default:
-                shares = "_".join("".join(map(str, s)) or "none" for s in self.shares)
-                said.append(shares if key == "shares" else f"{key}={value}")
-        return "-".join(said)
+        shares = "_".join("".join(map(str, s)) or "none" for s in self.shares)
+        default = vars(Case("", ""))
+        more = {k: v for k, v in vars(self).items() if v != default[k] and k != "shares"}
+        said = [f"{k}={v}" for k, v in more.items() if k not in ("name", "way")]
+        return "-".join([self.name, self.way, *said, shares])
 
 
 @dataclass
@@ -95,6 +96,12 @@ def prepared(case: Case) -> tuple[Any, Batch, Any]:
         stock, batch = stock_model(case.name), batch_for(case.name)
         model: Any = dpzoo.convert(stock).train()
         criterion: Any = OutputLoss(case.name, batch, case.reduction)
+    elif case.name == "Scaled":
+        model, batch = (
+            Scaled().double(),
+            {"x": torch.randn(4, 5, 6).double(), "labels_": torch.zeros(4)},
+        )
+        criterion = RowLosses(None, batch["labels_"], case.reduction)
     else:
         name, _, tied = case.name.partition("+")
         model, _ = families.build(name)
@@ -110,15 +117,44 @@ def prepared(case: Case) -> tuple[Any, Batch, Any]:
     return model, batch, criterion
 
 
+class Scale(nn.Module):
+    """A layer whose weight is computed from its parameters, and from one of the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 1))
+
+    def forward(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * self.scale.exp() * gain).tanh()
+
+
+class Scaled(nn.Module):
+    """Layers of that kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scale(), Scale()])
+        self.gain = nn.Parameter(torch.randn(6))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """None that is tied."""
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gain = self.gain * self.gain
+        for layer in self.layers:
+            x = layer(x, gain)
+        return x
+
+
 class RowLosses:
     """The losses of an architecture's rows."""
 
     def __init__(self, model: Any, labels: torch.Tensor, reduction: str) -> None:
-        self.of, self.labels, self.reduction = (
-            dpzoo.ModelLoss(model, reduction="none"),
-            labels,
-            reduction,
-        )
+        self.labels, self.reduction = labels, reduction
+        self.of: Any = lambda outputs, _: outputs.square().flatten(1).sum(1)
+        if model is not None:
+            self.of = dpzoo.ModelLoss(model, reduction="none")
         self.batch: Batch = {}
 
     def __call__(self, outputs: Any) -> torch.Tensor:
@@ -174,12 +210,13 @@ def step(case: Case, model: Any, wrapped: Any, batch: Batch, criterion: Any, min
         poisson_sampling=False,
         grad_sample_mode="bk",
     )
-    size = -(-len(mine) // case.parts)
-    for i in range(case.parts):
+    parts = case.parts + (case.uneven and distributed.get_rank() == 1)
+    size = -(-len(mine) // parts)
+    for i in range(parts):
         part = list(mine[i * size : (i + 1) * size])
         criterion.batch = {key: value[part] for key, value in batch.items()}
         inputs = {k: v for k, v in criterion.batch.items() if k != "labels_"}
-        optimizer.signal_skip_step(do_skip=i + 1 < case.parts)
+        optimizer.signal_skip_step(do_skip=i + 1 < parts)
         optimizer.zero_grad()
         private_criterion(private(**inputs)).backward()
         held = sum(total.numel() for total in optimizer.sums.values())
@@ -192,7 +229,7 @@ def run(case: Case) -> Result:
     rank = distributed.get_rank()
     model, batch, criterion = prepared(case)
     alone = copy.deepcopy(model)
-    quiet = Case(**{**vars(case), "noise": 0.0, "parts": 1})
+    quiet = replace(case, noise=0.0, parts=1, uneven=False)
     everyone = [row for share in case.shares for row in share]
     step(quiet, alone, alone, batch, prepared(case)[2], everyone)
     wanted = {n: p.grad.clone() for n, p in alone.named_parameters() if p.requires_grad}
@@ -229,7 +266,8 @@ def main(folder: Path) -> None:
             if "TRACE" in os.environ:
                 raise
             results[case.id] = Result(error=f"{type(error).__name__}: {error}")
-            break  # the others wait for this rank no more
+            if "different places" not in str(error):
+                break  # the others wait for this rank no more
     torch.save(results, folder / f"steps-{os.environ['RANK']}.pt")
     distributed.destroy_process_group()
 
