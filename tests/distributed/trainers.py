@@ -25,11 +25,27 @@ from tests.integrations.runs import BERT, Rows, arguments, privacy
 from tests.support import stock_model
 
 
+class Count(TrainerCallback):
+    """Notes the steps that this process has taken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._note(args, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._note(args, state)
+
+    def _note(self, args: Any, state: Any) -> None:
+        (self.folder / f"steps-{args.process_index}").write_text(str(state.global_step))
+
+
 class Die(TrainerCallback):
     """Ends or stops this process in the middle of a step."""
 
-    def __init__(self, rank: int, step: int, kind: str, seed: int) -> None:
-        self.rank, self.step, self.kind = rank, step, kind
+    def __init__(self, folder: Path, rank: int, step: int, kind: str, seed: int) -> None:
+        self.folder, self.rank, self.step, self.kind = folder, rank, step, kind
         self.delay = random.Random(seed).uniform(0, 0.04)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -37,6 +53,7 @@ class Die(TrainerCallback):
 
             def end() -> None:
                 time.sleep(self.delay)
+                (self.folder / f"died-{self.rank}").touch()
                 os.kill(os.getpid(), getattr(signal, self.kind))
 
             threading.Thread(target=end, daemon=True).start()
@@ -59,9 +76,10 @@ def run(folder: Path, options: dict[str, str]) -> None:
         eval_dataset=Rows(BERT, 7),
         privacy=privacy(noise_multiplier=noise),
     )
+    trainer.add_callback(Count(folder))
     if die:
         rank, step, kind, seed = die.split(":")
-        trainer.add_callback(Die(int(rank), int(step), kind, int(seed)))
+        trainer.add_callback(Die(folder, int(rank), int(step), kind, int(seed)))
     drawn: list[list[int]] = []
     loader = trainer.get_train_dataloader()
     sampler: Any = loader.batch_sampler
@@ -72,7 +90,7 @@ def run(folder: Path, options: dict[str, str]) -> None:
         {
             "weights": {k: v.clone() for k, v in trainer.model.state_dict().items()},
             "drawn": drawn,
-            "epsilon": trainer.epsilon,
+            "history": trainer._account.history,
             "log": trainer.state.log_history,
             "evaluated": trainer.evaluate()["eval_loss"],
         },
