@@ -13,6 +13,7 @@ import atexit
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -128,15 +129,19 @@ class Ranks:
 
     def _missing(self) -> list[int]:
         """Ranks that have not come to the present meeting, as far as the store still answers."""
-        try:
-            return [
-                rank
-                for rank in range(self.size)
-                if not self._store.check([str(rank)])
-                or int(self._store.get(str(rank))) < self._meetings
-            ]
-        except Exception:  # the store may have died with a rank
-            return []
+        missing: list[int] = []
+
+        def ask() -> None:
+            with suppress(Exception):  # the store may have died with a rank
+                for rank in range(self.size):
+                    come = self._store.check([str(rank)]) and self._store.get(str(rank))
+                    if int(come or 0) < self._meetings:
+                        missing.append(rank)
+
+        asking = threading.Thread(target=ask, daemon=True)  # or have frozen with it
+        asking.start()
+        asking.join(3)
+        return list(missing)
 
 
 def silence(ddp: DistributedDataParallel) -> Callable[[], None]:

@@ -99,6 +99,8 @@ def run_to_the_end(folder: Path, options: list[str], patience: float) -> list[tu
                 subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
             )
     died = [folder / f"died-{rank}" for rank in range(2)]
+    for note in died:
+        note.unlink(missing_ok=True)
     since = time.monotonic()
     try:
         while time.monotonic() < since + patience:
@@ -136,8 +138,9 @@ def test_a_rank_that_dies_or_freezes_ends_the_other(seed: int, tmp_path: Path) -
     ledger = Ledger(tmp_path / "out" / "privacy_ledger.jsonl")
     run = next(iter(ledger_runs(ledger)))
     paid = sum(count for _, _, count in ledger.paid(run))
-    assert step >= paid >= max(taken) >= step - 2
+    assert step + 3 >= paid >= max(taken) >= step - 2
     if step > 2 and seed < 4:
+        assert max(taken) >= 2
         ends = run_to_the_end(tmp_path, [*options, "resume=1"], 120)
         assert [code for code, _ in ends] == [0, 0], ends[0][1][-3000:]
         assert sum(count for _, _, count in ledger.paid(run)) >= 6
