@@ -31,10 +31,9 @@ def start(timeout: int) -> torch.device:
     """Join the processes that torchrun started. Returns the device of this one: a GPU, or the CPU."""
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("Start it with torchrun --standalone --nproc-per-node 2 SCRIPT")
-    cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     distributed.init_process_group(timeout=timedelta(seconds=timeout))
     return device
 
