@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m tests.distributed.on_gpus
 
-Expected (not yet seen on a GPU): "sums" below 1e-4 in float32 and "noise" 1.00 within 0.02 for each model and
+Expected (not yet seen on a GPU): "sums" below 1e-4 in float32, "noise" 1.00 within 0.02, for each model and
 way; under FSDP2 "parameters" and "sums" 1 / N of DDP's, "peak" well below DDP's; "epsilon" equal for all.
 """
 
