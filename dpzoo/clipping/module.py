@@ -95,9 +95,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._recorder = None
         if self._shards is not None:
             self._shards.enter(module)
-        if (
-            not rows
-        ):  # models stumble over empty tensors: one row passes instead, and counts for nothing
+        if not rows:
+            # Models stumble over empty tensors: one row passes instead, and counts for nothing.
             self._empty = bool(tensors)
             return (self._example or _mapped(_zero_row, (args, kwargs))) if tensors else None
         if self._example is None:

@@ -130,7 +130,7 @@ def test_a_rank_that_dies_or_freezes_ends_the_other(seed: int, tmp_path: Path) -
     rank, step, kind = chance.randrange(2), chance.randint(1, 5), ("SIGKILL", "SIGSTOP")[seed % 2]
     options = [f"{k}={v}" for k, v in {**PARTS, "max_steps": 6, "ddp_timeout": TIMEOUT}.items()]
     options += ["gradient_accumulation_steps=2", "save_strategy=steps", "save_steps=2"]
-    ends = run_to_the_end(tmp_path, [*options, f"die={rank}:{step}:{kind}:{seed}"], 120)
+    ends = run_to_the_end(tmp_path, [*options, f"die={rank}:{step}:{kind}:{seed}"], 600)
     code, log = ends[1 - rank]
     assert code != 0
     assert f"RankError: Rank {1 - rank} waited in vain for" in log, log[-3000:]
@@ -141,7 +141,7 @@ def test_a_rank_that_dies_or_freezes_ends_the_other(seed: int, tmp_path: Path) -
     assert step + 3 >= paid >= max(taken) >= step - 2
     if step > 2 and seed < 4:
         assert max(taken) >= 2
-        ends = run_to_the_end(tmp_path, [*options, "resume=1"], 120)
+        ends = run_to_the_end(tmp_path, [*options, "resume=1"], 600)
         assert [code for code, _ in ends] == [0, 0], ends[0][1][-3000:]
         assert sum(count for _, _, count in ledger.paid(run)) >= 6
 
