@@ -107,8 +107,8 @@ class FrozenWatch:
             if now is tensor and now._version == version:
                 if digest is None or digest == _digest(now):
                     continue
-            elif trained and now is not tensor:
-                continue  # sharding puts other tensors there for the pass
+            elif now is not tensor and (trained or type(tensor.data) is not torch.Tensor):
+                continue  # FSDP2 puts gathered copies there for the pass, and drops them
             known = self._values.get(name)
             if known is not None and now is not None and _equal(known, now):
                 continue  # written again, with the same values

@@ -27,10 +27,11 @@ class Account:
     Args:
         mechanism: an Opacus accountant's, "prv" or "rdp".
         folder: where the ledger is kept.
+        enters: whether steps are entered in the ledger: by the first of several processes alone.
     """
 
-    def __init__(self, mechanism: str, folder: str) -> None:
-        self.mechanism = mechanism
+    def __init__(self, mechanism: str, folder: str, *, enters: bool = True) -> None:
+        self.mechanism, self.enters = mechanism, enters
         self.run = secrets.token_hex(8)
         self.begun = 0
         """Steps that were begun, by this process or by a killed one whose run it goes on with."""
@@ -51,6 +52,9 @@ class Account:
     @property
     def history(self) -> History:
         """(noise multiplier, sample rate, steps) of everything that was spent."""
+        if not self.enters and self.noise_multiplier is not None and not self.ledger.path.exists():
+            # On another machine than the ledger.
+            return [(self.noise_multiplier, self.sample_rate or 1.0, self.begun)] * bool(self.begun)
         return self.ledger.paid(self.run) if self.begun else []
 
     @property
@@ -73,12 +77,13 @@ class Account:
         """Enter step ``number``, counted from 1, before it is taken."""
         assert self.noise_multiplier is not None
         assert self.sample_rate is not None
-        self.ledger.begin(
-            self.run,
-            number,
-            noise_multiplier=self.noise_multiplier,
-            sample_rate=self.sample_rate,
-        )
+        if self.enters:
+            self.ledger.begin(
+                self.run,
+                number,
+                noise_multiplier=self.noise_multiplier,
+                sample_rate=self.sample_rate,
+            )
         self.begun = max(self.begun, number)
 
     def refuse_other_runs(self, folder: str) -> None:
