@@ -28,6 +28,7 @@ from transformers import (
 
 from dpzoo import heads
 from dpzoo.errors import InputError
+from dpzoo.files import write_text
 from dpzoo.integrations import DPTrainer, Plan, PrivacyArguments, PrivacyCard, StatisticsCallback
 from dpzoo.integrations.accounting import epsilon_of, noise_for
 from dpzoo.integrations.inputs import per_sample
@@ -498,7 +499,7 @@ class _Gradients:
         job.work.mkdir(parents=True, exist_ok=True)
         path = job.work / RECIPE_NAME
         kept = {"recipe": asdict(self._kept()), "by_hand": job.by_hand}
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(kept, indent=1) + "\n")
         self.trainer = self._trainer(job.work)
         self.before = None if job.task.label else self.trainer.evaluate()["eval_loss"]
         going_on = resume and any(job.work.glob("checkpoint-*"))
