@@ -162,7 +162,7 @@ def is_ghost_optimizer(optimizer: Any) -> bool:
 
 def is_poisson(sampler: Any) -> bool:
     """Whether a batch sampler draws each row with one probability."""
-    drawn = "UniformWithReplacement" in type(sampler).__name__
+    drawn = any("UniformWithReplacement" in kind.__name__ for kind in type(sampler).__mro__)
     return drawn and getattr(sampler, "sample_rate", None) is not None
 
 

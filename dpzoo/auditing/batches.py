@@ -5,6 +5,7 @@ one dimension have the rows first; everything else (flags, scalars, a tensor of 
 handed on as it is.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from dpzoo.errors import InputError
 IGNORE_INDEX = -100
 MOST_ROWS = 5
 """Rows beyond these are left out: each costs a gradient of the size of the model, several times."""
+FEW_ROWS = 3
+"""The same of a quick audit."""
 
 
 class Batch:
@@ -48,6 +51,8 @@ class Batch:
         # The commonest length: a (1, seq) tensor that all rows share may stand first.
         lengths = [len(tensor) for tensor in with_rows]
         self.rows = max(dict.fromkeys(lengths), key=lengths.count)
+        self.targets: frozenset[str] = frozenset()
+        """Names of further integer tensors in which -100 is taken for no label."""
 
     def items(self) -> list[tuple[str, Any]]:
         """(name, value) pairs; positional values are named by their index."""
@@ -77,7 +82,7 @@ class Batch:
         made = Batch.__new__(Batch)
         made.value = new if isinstance(self.value, dict) else tuple(new.values())
         changed = [new[name] for name in self.tensors()]
-        made.rows = len(changed[0])
+        made.rows, made.targets = len(changed[0]), self.targets
         return made
 
     def take(self, indices: Iterable[int]) -> "Batch":
@@ -105,13 +110,48 @@ class Batch:
 
     # --- what the checks change in a row ------------------------------------------------------------
 
-    def token_labels(self) -> dict[str, torch.Tensor]:
-        """Integer labels, several a row, some of which may be ignored; by name."""
+    def token_labels(self, *, sure: bool = False) -> dict[str, torch.Tensor]:
+        """Integer labels, several a row, some of which may be ignored; by name.
+
+        Args:
+            sure: leave out what is known by trying alone.
+        """
         return {
             name: tensor
             for name, tensor in self.tensors().items()
-            if "label" in name and tensor.dim() > 1 and not tensor.is_floating_point()
+            if tensor.dim() > 1
+            and not tensor.is_floating_point()
+            and (
+                re.search("label|target", name)
+                or (
+                    name in self.targets and not (sure and not bool((tensor == IGNORE_INDEX).any()))
+                )
+            )
         }
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Tensors that say which positions of a row count, by name."""
+        return {
+            name: tensor
+            for name, tensor in self.tensors().items()
+            if tensor.dim() > 1 and ("mask" in name or tensor.dtype == torch.bool)
+        }
+
+    def shorter(self, rows: Sequence[int]) -> "Batch":
+        """With the second half of some rows' positions masked."""
+
+        def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name not in self.masks():
+                return tensor
+            tensor = tensor.clone()
+            for row in rows:
+                flat = tensor[row].reshape(-1)
+                counted = flat.nonzero().flatten()
+                flat[counted[(len(counted) + 1) // 2 :]] = 0
+                tensor[row] = flat.reshape(tensor[row].shape)
+            return tensor
+
+        return self.map(change)
 
     def floats(self) -> dict[str, torch.Tensor]:
         """Floating point tensors that have rows, by name."""
@@ -145,34 +185,77 @@ class Batch:
 
         return self.map(change)
 
+    def _mask(self) -> torch.Tensor | None:
+        """The mask of the tokens, 1 or 0 for each; None where there is none, or one of another kind."""
+        mask = self.tensors().get("attention_mask")
+        if mask is None or mask.dim() < 2 or not bool(((mask == 0) | (mask == 1)).all()):
+            return None
+        others = [n for n, t in self.tensors().items() if t is not mask and self._along(mask, n, t)]
+        return mask if others else None
+
+    def _along(self, mask: torch.Tensor, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has the mask's positions."""
+        if name.startswith("decoder"):
+            return False
+        return tensor.shape == mask.shape or (
+            "embeds" in name and tensor.shape[:-1] == mask.shape and tensor.dim() > 2
+        )
+
     def padded(self, pad_id: int, more: int = 3) -> "Batch | None":
         """With every sequence padded further on the right; None without an ``attention_mask``."""
-        tensors = self.tensors()
-        mask = tensors.get("attention_mask")
-        if mask is None or mask.dim() < 2 or "input_ids" not in tensors:
+        mask = self._mask()
+        if mask is None:
             return None
-        shape = mask.shape
 
         def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.shape != shape:
+            if not self._along(mask, name, tensor):
                 return tensor
-            fill = pad_id if name == "input_ids" else IGNORE_INDEX if "label" in name else 0
-            return torch.cat([tensor, tensor.new_full((*shape[:-1], more), fill)], dim=-1)
+            fill = pad_id if name == "input_ids" else 0
+            fill = IGNORE_INDEX if name in self.token_labels() else fill
+            shape = list(tensor.shape)
+            axis = mask.dim() - 1
+            shape[axis] = more
+            padding = tensor.new_full(shape, 1 if "embeds" in name else fill)
+            return torch.cat([tensor, padding], dim=axis)
 
         return self.map(change)
 
     def trimmed(self) -> "Batch":
-        """Without the positions at the end that are padding in every row; needs 2-D masks."""
-        mask = self.tensors().get("attention_mask")
-        if mask is None or mask.dim() != 2 or not bool(mask.any()):
+        """Without the positions at either end that are padding in every row, as a collator pads.
+
+        Positions that have a label stay; so do those before the first token, where the batch has indices
+        of positions.
+        """
+        mask = self._mask()
+        if mask is None or not bool(mask.any()):
             return self
-        length = int(mask.any(0).nonzero().max()) + 1
-        shape = mask.shape
-        return self.map(lambda _, tensor: tensor[:, :length] if tensor.shape == shape else tensor)
+        counted = mask.bool()
+        for labels in self.token_labels().values():
+            if labels.shape == mask.shape:
+                counted = counted | (labels != IGNORE_INDEX)
+        used = counted.reshape(-1, mask.shape[-1]).any(0).nonzero().flatten()
+        indices = any(
+            re.search("_positions$|_token_ids$", name) and tensor.shape != mask.shape
+            for name, tensor in self.tensors().items()
+        )
+        first = 0 if indices else int(used.min())
+        count, axis = int(used.max()) + 1 - first, mask.dim() - 1
+        return self.map(
+            lambda name, t: t.narrow(axis, first, count) if self._along(mask, name, t) else t
+        )
+
+    def fills_its_length(self) -> bool | None:
+        """Whether rows are padded to the longest: some are padded, and some not. None: none is."""
+        mask = self._mask()
+        if mask is None or bool(mask.bool().all()):
+            return None
+        return bool(mask.bool().reshape(-1, mask.shape[-1]).all(1).any())
 
 
-def prepared(batch: Batch, sizes: Iterable[int]) -> tuple[Batch, list[str]]:
-    """A batch of 3 to `MOST_ROWS` rows whose number is unlike every other dimension, and remarks.
+def prepared(
+    batch: Batch, sizes: Iterable[int], at_most: int = MOST_ROWS
+) -> tuple[Batch, list[str]]:
+    """A batch of 3 to ``at_most`` rows whose number is unlike every other dimension, and remarks.
 
     With as many rows as tokens, a gradient taken along the wrong axis has the right shape, and its
     sum is right too.
@@ -180,12 +263,13 @@ def prepared(batch: Batch, sizes: Iterable[int]) -> tuple[Batch, list[str]]:
     Args:
         batch: the user's.
         sizes: dimensions of the model's parameters, avoided where possible.
+        at_most: rows; one or two more, where that is needed to avoid a number.
     """
     inner = {size for t in batch.tensors().values() for size in t.shape[1:]}
     inner |= {size for tensor in batch.shared().values() for size in tensor.shape}
     if batch.rows == 0:
         raise InputError("audit got an empty batch, wanted at least one row.")
-    most = max(3, min(batch.rows, MOST_ROWS))
+    most = max(3, min(batch.rows, at_most))
     preferred = [*range(most, 2, -1), *range(most + 1, most + 4)]
     rows = next((n for n in preferred if n not in inner | set(sizes)), None)
     if rows is None or rows > MOST_ROWS:
@@ -193,8 +277,8 @@ def prepared(batch: Batch, sizes: Iterable[int]) -> tuple[Batch, list[str]]:
     if rows == batch.rows:
         return batch, []
     why = (
-        f"no more than {MOST_ROWS} are needed"
-        if batch.rows > MOST_ROWS and rows == MOST_ROWS
+        f"no more than {at_most} are taken"
+        if batch.rows > at_most and rows == at_most
         else "at least 3 are needed"
         if batch.rows < 3 and rows == 3
         else f"so that their number is unlike every other dimension ({_list(inner | set(sizes))})"

@@ -7,44 +7,55 @@ import torch
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
+from dpzoo.clipping.book import Book
 from dpzoo.clipping.module import BookKeepingModule
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.errors import InputError
 
 
-class OneRow(BookKeepingOptimizer):
-    """Stands where the private optimizer does: clip factor 1 for one row, 0 for the others.
+class EachRow(BookKeepingOptimizer):
+    """Stands where the private optimizer does: keeps each row's share of the sums, unclipped.
 
     Args:
         parameters: those that are trained.
-        row: the row's index.
     """
 
-    def __init__(self, parameters: list[torch.Tensor], row: int) -> None:
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
         super().__init__(
             torch.optim.SGD(parameters, lr=0.0),
             noise_multiplier=0.0,
             max_grad_norm=1.0,
             expected_batch_size=1,
         )
-        self.row = row
         self.norms: dict[torch.Tensor, torch.Tensor] = {}
+        self.shares: dict[torch.Tensor, torch.Tensor] = {}
 
     def clip_factors(
         self, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
     ) -> dict[torch.Tensor | None, torch.Tensor]:
         """As `BookKeepingOptimizer.clip_factors`; keeps the norms of each parameter."""
         self.norms = {parameter: value.sqrt() for parameter, value in squared.items()}
-        factors = torch.zeros_like(norms)
-        factors[self.row : self.row + 1] = 1
-        return {None: factors}
+        return {None: torch.ones_like(norms)}
+
+    def add_rows(self, book: Book, named: Any, part: Any = None) -> Any:
+        """As `BookKeepingOptimizer.add_rows`; each sum is taken with one row's factor 1, the others' 0."""
+        close = book.close
+
+        def each(parameter: Any, weights: Any, kept: Any = None, *rest: Any, **more: Any) -> Any:
+            ones = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
+            rows = [close(parameter, one, kept, None, forget=False) for one in ones]
+            self.shares[parameter] = torch.stack(rows).detach()
+            return close(parameter, weights, kept, *rest, **more)
+
+        vars(book)["close"] = each
+        return super().add_rows(book, named, part)
 
 
 class BookMode(OpacusMode):
     """`dpzoo.PrivacyEngine`'s mode "bk" around a copy of a model.
 
-    A row's gradient is read off the sum itself: all rows run together, and the row alone has a clip
-    factor. It takes one loss for each row.
+    A row's gradient is read off the sum itself: all rows run together, and sums are taken in which the row
+    alone has a clip factor. It takes one loss for each row.
     """
 
     def prepare(self, model: torch.nn.Module) -> Any:
@@ -55,25 +66,23 @@ class BookMode(OpacusMode):
     ) -> ModeRun:
         """As `OpacusMode.run`; with ids of the rows' units, (rows,), of units in the place of rows."""
         try:
-            made = ModeRun()
-            shares: dict[str, list[torch.Tensor]] = {}
-            count = batch.rows if unit_ids is None else len(set(unit_ids))
-            for row in range(max(count, 1)):
-                self.clear()
-                one = OneRow(list(self.parameters.values()), row)
-                losses = self.losses(batch)
-                losses = losses if weights is None else losses * weights
-                self.wrapper.backward(losses, one, unit_ids)
-                for name, p in self.parameters.items():
-                    if p in one.norms:
-                        made.norms[name] = one.norms[p]
-                        shares.setdefault(name, []).append(one.sums[p].detach())
-            made.rows = {name: torch.stack(rows)[:count] for name, rows in shares.items()}
             self.clear()
-            return made
+            each = self._each_row(batch, weights, unit_ids)
+            named = self.parameters.items()
+            norms = {name: each.norms[p] for name, p in named if p in each.norms}
+            rows = {name: each.shares[p] for name, p in named if p in each.shares}
+            self.clear()
+            return ModeRun(rows=rows, norms=norms)
         except Exception as error:
             self.discard()
             return ModeRun(error=first_line(error))
+
+    def _each_row(
+        self, batch: Batch, weights: torch.Tensor | None, unit_ids: Any = None
+    ) -> EachRow:
+        each, losses = EachRow(list(self.parameters.values())), self.losses(batch)
+        self.wrapper.backward(losses if weights is None else losses * weights, each, unit_ids)
+        return each
 
     def losses(self, batch: Batch) -> torch.Tensor:
         losses = super().losses(batch)
@@ -85,11 +94,7 @@ class BookMode(OpacusMode):
         return losses
 
     def backward(self, batch: Batch, weights: torch.Tensor | None = None) -> None:
-        losses = self.losses(batch)
-        self.wrapper.backward(
-            losses if weights is None else losses * weights,
-            OneRow(list(self.parameters.values()), 0),
-        )
+        self._each_row(batch, weights)
 
     def optimizer(
         self, max_grad_norm: float, denominator: int = 1, sigma: float = 0.0, lr: float = 0.0

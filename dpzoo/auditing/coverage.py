@@ -6,7 +6,7 @@ from torch import nn
 
 from dpzoo.auditing.capture import Trace
 from dpzoo.auditing.findings import ShapeRow
-from dpzoo.auditing.numerics import disagreements, largest
+from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
@@ -42,7 +42,8 @@ def unit(subject: Subject, record: Record) -> None:
     k of those to a row, a row contributes up to k times the clipping norm.
     """
     if not _opacus(subject):
-        record.skip("bk follows the rows, in whatever dimension they are")
+        if not record.parts:  # of Opacus' modes
+            record.skip("bk follows the rows, in whatever dimension they are")
         return
     record.ran()
     for kind, message in (
@@ -192,7 +193,7 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
         )
         scalar = mode == "bk" and PER_ROW_LOSS_ONLY["bk"] in run.error
         record.find(
-            "note" if scalar else "crash",
+            "note" if scalar and len(subject.modes) > 1 else "crash",
             f"{mode} mode raises in its first step: {run.error}",
             "give the parameter one module and one call, use hooks mode, or dpzoo.convert(model)"
             if tying
@@ -218,7 +219,7 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
             expected=f"batch dimension {subject.rows}",
             got=f"batch dimension {wrong[name]}",
         )
-    if run.rows:
+    if run.rows and not subject.random:
         sums = {n: v.sum(0) for n, v in run.rows.items() if n not in wrong}
         _sums(subject, record, mode, sums)
 
@@ -274,8 +275,10 @@ def _without_uses(
         ),
     ):
         if names:
+            # What a random model skips in one batch, it takes in another.
+            skipped = names is unreached and subject.loss.fixed
             record.find(
-                "utility",
+                "note" if skipped else "utility",
                 f"trainable parameters are moved by noise alone: {why}",
                 remedy,
                 parameters=names,
@@ -289,7 +292,7 @@ def _without_uses(
 def _sums(subject: Subject, record: Record, mode: str, sums: dict[str, torch.Tensor]) -> None:
     """The sum over rows is autograd's gradient."""
     truth = subject.total_gradient(subject.batch)
-    wrong = disagreements(sums, truth, subject.tolerance)
+    wrong = record.differ(sums, truth, subject.tolerance)
     padding = [n for n in wrong if _only_padding(subject, n, sums[n], truth[n])]
     if padding:
         record.find(

@@ -122,6 +122,8 @@ def _export(subject: Subject, record: Record) -> None:
             ours, theirs = subject.loss.total(subject.model, row), subject.loss.total(stock, row)
             if bool(theirs.isfinite().all()):  # transformers' mean over no label is NaN
                 differences.append(float((ours - theirs).abs() / theirs.abs().clamp(min=1.0)))
+    if differences:
+        record.measure(max(differences))
     if differences and max(differences) > subject.tolerance:
         record.find(
             "utility",

@@ -39,7 +39,7 @@ def exactness(subject: Subject, record: Record) -> None:
 
 def _rows(subject: Subject, record: Record, mode: str, oracle: Gradients) -> None:
     rows = subject.mode_run(mode).rows
-    wrong = disagreements(rows, oracle, subject.tolerance)
+    wrong = record.differ(rows, oracle, subject.tolerance)
     if not wrong:
         return
     sums = {name: rows[name].sum(0) for name in wrong}
@@ -78,7 +78,7 @@ def _norms(subject: Subject, record: Record, mode: str, truth: Gradients) -> Non
     """The norms that a mode clips by are those of what it adds up: ``truth``."""
     got = subject.mode_run(mode).norms
     wanted = {name: rows.reshape(len(rows), -1).norm(dim=1) for name, rows in truth.items()}
-    wrong = disagreements(got, wanted, subject.tolerance)
+    wrong = record.differ(got, wanted, subject.tolerance)
     short = [n for n in wrong if not bool((got[n] >= wanted[n] * (1 - subject.tolerance)).all())]
     for names, severity, message in (
         (
@@ -114,7 +114,8 @@ def _middle(subject: Subject) -> float:
     return max(float(subject.norms.median()), 1e-12)
 
 
-def _step_modes(subject: Subject, record: Record) -> list[str]:
+def step_modes(subject: Subject, record: Record) -> list[str]:
+    """The modes that can take a step; why others cannot is written down."""
     modes = []
     for mode in subject.modes:
         if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
@@ -134,14 +135,14 @@ def parity(subject: Subject, record: Record) -> None:
     """
     clip = _middle(subject)
     wanted = clipped_sum(subject.oracle, clip_factors(subject.norms, clip))
-    for mode in _step_modes(subject, record):
+    for mode in step_modes(subject, record):
         record.ran()
         try:
             got = subject.opacus(mode).clipped_sum([subject.batch], clip)
         except Exception as error:
             record.find("crash", f"{mode} mode raises in a step: {first_line(error)}", mode=mode)
             continue
-        wrong = disagreements(got, wanted, subject.tolerance)
+        wrong = record.differ(got, wanted, subject.tolerance)
         if wrong:
             length = float(row_norms({n: g[None] for n, g in got.items()})[0])
             truth = float(row_norms({n: g[None] for n, g in wanted.items()})[0])
@@ -164,7 +165,7 @@ def split(subject: Subject, record: Record) -> None:
     num_items_in_batch), and modes that keep the last physical batch only.
     """
     clip = _middle(subject) if subject.rows else 1.0
-    for mode in _step_modes(subject, record):
+    for mode in step_modes(subject, record):
         opacus = subject.opacus(mode)
         record.ran()
         try:
@@ -172,7 +173,7 @@ def split(subject: Subject, record: Record) -> None:
             for size in sorted({1, 2, 3} - {subject.rows}):
                 starts = range(0, subject.rows, size)
                 parts = [subject.batch.take(range(s, min(s + size, subject.rows))) for s in starts]
-                wrong = disagreements(opacus.clipped_sum(parts, clip), whole, subject.tolerance)
+                wrong = record.differ(opacus.clipped_sum(parts, clip), whole, subject.tolerance)
                 if wrong:
                     record.find(
                         "privacy",

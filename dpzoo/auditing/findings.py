@@ -9,8 +9,12 @@ SEVERITIES: tuple[Severity, ...] = ("privacy", "crash", "utility", "note")
 """Gravest first.
 
 privacy: the guarantee does not hold, though nothing raises. crash: training stops. utility: private,
-but not the training that was meant. note: worth knowing, and no reason to stop.
+but not the training that was meant (gradients that are not the rows', weights that do not move). note:
+worth knowing, and no reason to stop.
 """
+
+FAILURES = SEVERITIES[:3]
+"""What fails an audit; see `AuditReport.ok`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class CheckResult:
         skipped: why it could not run, or could not in some mode; empty where it ran in full.
         ran: whether any part of it ran.
         seconds: its wall-clock time.
+        largest: the largest error that it measured, by unit: "relative" to the gradient's largest entry,
+            "C" for what a row moves the clipped sum by, in clipping norms (1 is what it may), ...
     """
 
     name: str
@@ -63,11 +69,12 @@ class CheckResult:
     skipped: str = ""
     ran: bool = True
     seconds: float = 0.0
+    largest: dict[str, float] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
         """``failed``, ``passed`` (perhaps with notes) or ``skipped``."""
-        if any(finding.severity != "note" for finding in self.findings):
+        if any(finding.severity in FAILURES for finding in self.findings):
             return "failed"
         return "passed" if self.ran else "skipped"
 

@@ -5,7 +5,6 @@ import torch
 from dpzoo import opacus_internals as internals
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.book_keeping import BookMode
-from dpzoo.auditing.numerics import disagreements
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.subject import Subject
@@ -59,7 +58,7 @@ def _book(subject: Subject, record: Record) -> None:
             got = book.step_after(subject.batch, batch, clip)
         except Exception:  # edges and coverage name what raises
             continue
-        stale = disagreements(got, wanted, subject.tolerance)
+        stale = record.differ(got, wanted, subject.tolerance)
         if stale:
             name = next(iter(stale))
             record.find(

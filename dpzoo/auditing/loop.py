@@ -12,9 +12,11 @@ from dpzoo import opacus_internals as internals
 from dpzoo.auditing.findings import CheckResult
 from dpzoo.auditing.loop_lint import Loop, parameters, sampling, settings
 from dpzoo.auditing.loop_observation import observe
+from dpzoo.auditing.loop_trials import repeated_draws, trials
 from dpzoo.auditing.noise import measure
 from dpzoo.auditing.numerics import Gradients, row_norms
 from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.randomness import kept_states
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
 from dpzoo.clipping.draws import Draws
@@ -43,16 +45,18 @@ def audit_loop(
         loader: the loader that the loop draws batches from.
         privacy_engine: the engine, whose accountant is asked what it would account for a step.
         step: the loop's body, if it can be called: takes a batch and does forward, backward and
-            ``optimizer.step()``. It is run on two batches of the loader and watched; parameters,
-            optimizer, accountant and scheduler are put back afterwards.
+            ``optimizer.step()``. It is run on batches of the loader, until it has taken two steps, and
+            watched; and in trials, on draws of 0 to 5 rows that differ in one thing (a row, a seed, the
+            batch before). Parameters, optimizer, accountant and scheduler are put back afterwards.
         scaler: the loop's GradScaler, if it has one.
         scheduler: its learning rate scheduler.
-        accumulation_steps: how many ``backward()`` calls the loop makes for one ``optimizer.step()``.
+        accumulation_steps: how many of the loader's batches the loop takes for one ``optimizer.step()``.
         clip_grad_norm: the value that the loop passes to ``clip_grad_norm_``, if it calls it (for
             transformers' Trainer, ``args.max_grad_norm``).
 
     Returns:
-        A report with the checks "loop lint", "freshness", "noise" and, given ``step``, "loop steps".
+        A report with the checks "loop lint", "freshness", "noise" and, given ``step``, "loop trials"
+        and "loop steps". Its verdict is `AuditReport.ok`, as of `dpzoo.audit`.
 
     Raises:
         InputError: the optimizer is not a private one.
@@ -74,6 +78,7 @@ def audit_loop(
         sampling(loop, record)
         parameters(loop, record)
         settings(loop, record, scaler, accumulation_steps, clip_grad_norm)
+        repeated_draws(loop, record)
 
     checks: list[tuple[str, Callable[[Record], None], str]] = [
         ("loop lint", lint, LINT_CATCHES),
@@ -82,18 +87,21 @@ def audit_loop(
     ]
     if step is not None:
         body = step
-        checks.append(
+        # Trials first: a body may learn from the first batch that it sees.
+        checks += [
+            ("loop trials", lambda record: trials(loop, body, scheduler, record), TRIALS_CATCHES),
             (
                 "loop steps",
                 lambda record: observe(loop.module, loop, body, scheduler, record),
                 STEPS_CATCHES,
-            )
-        )
+            ),
+        ]
     for name, check, catches in checks:
         record, begun = Record(name), time.perf_counter()
-        record.ran()
+        if name != "loop trials":  # which says itself whether it could
+            record.ran()
         try:
-            with torch.random.fork_rng(devices=[]), _own_noise(loop):
+            with kept_states(loop.module), _own_noise(loop):
                 check(record)
         except Exception as error:
             record.find("crash", f"the check could not finish: {first_line(error)}")
@@ -106,7 +114,7 @@ def audit_loop(
 LINT_CATCHES = (
     "shuffled batches under a Poisson accountant, another sampling rate or noise multiplier than the "
     "accountant's, optimizers of other parameters than the model's, a GradScaler, gradient-norm "
-    "clipping after the fact, accumulation under ghost mode"
+    "clipping after the fact, several draws for one step, the same draws in every pass, noise from a seed"
 )
 FRESHNESS_CATCHES = (
     "parameters unfrozen after wrapping, a BatchMemoryManager left early, gradients not cleared"
@@ -116,6 +124,13 @@ STEPS_CATCHES = (
     "gradients changed between backward and step, several backward passes for one step under ghost "
     "mode, schedulers that step per physical batch, more than 95 % of rows clipped, weights that do "
     "not move"
+)
+
+
+TRIALS_CATCHES = (
+    "rows that a collator or a model cuts, copies, mixes or keeps for the next batch, losses reduced over "
+    "the batch, noise or draws that are seeded in the body, second optimizers and whatever else learns "
+    "from the batch without noise, bodies that train on other rows, empty batches that are skipped"
 )
 
 

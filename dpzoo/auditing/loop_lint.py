@@ -1,13 +1,17 @@
 """A training loop's objects, and what is wrong with how they are put together."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpzoo.auditing.record import Record
 from dpzoo.clipping.draws import CountedSampler
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.clipping.units import UnitRows
+from dpzoo.data import rows_of
 from dpzoo.opacus_internals import (
     counts_ghost_norms,
     is_ghost_optimizer,
@@ -23,6 +27,8 @@ class Loop:
         self.wrapper, self.optimizer, self.loader, self.engine = model, optimizer, loader, engine
         self.module: nn.Module = getattr(model, "_module", model)
         self.accountant = getattr(engine, "accountant", None)
+        release = getattr(optimizer, "release", None)
+        self.seeded = release is not None and not release.noise.is_secure
         ghost = is_ghost_optimizer(optimizer) or counts_ghost_norms(model)
         book = isinstance(optimizer, BookKeepingOptimizer)
         self.mode = "bk" if book else "ghost" if ghost else "hooks"
@@ -34,6 +40,37 @@ class Loop:
         while is_splitting(sampler) or isinstance(sampler, CountedSampler):
             sampler = sampler.sampler
         return sampler
+
+    def generators(self) -> list[torch.Generator]:
+        """The generators that the optimizer, the loader and its samplers were given."""
+        sampler, owners = getattr(self.loader, "batch_sampler", None), [self.optimizer, self.loader]
+        while sampler is not None:
+            owners.append(sampler)
+            sampler = getattr(sampler, "sampler", None)
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+
+    def size(self) -> int | None:
+        """Rows of the data set; None where rows cannot be asked for and collated by themselves."""
+        data: Any = getattr(self.loader, "dataset", None)
+        if not callable(getattr(self.loader, "collate_fn", None)):
+            return None
+        return len(data) if hasattr(data, "__getitem__") and hasattr(data, "__len__") else None
+
+    def rows_of(self, drawn: Sequence[int]) -> tuple[list[Any], list[int]]:
+        """The rows of some draw of rows, or of units: the rows, and what is drawn with each."""
+        data: Any = self.loader.dataset
+        if not isinstance(data, UnitRows):
+            return rows_of(data, list(drawn)), list(drawn)
+        chosen = {
+            unit: data.chosen(unit, lambda _, have, want: range(want)) for unit in data.draw(drawn)
+        }
+        labels = [unit for unit, rows in chosen.items() for _ in rows]
+        return rows_of(data.dataset, [row for rows in chosen.values() for row in rows]), labels
+
+    def collated(self, drawn: Sequence[int]) -> Any:
+        """The batch of a draw, as the loader makes it."""
+        return self.loader.collate_fn(self.rows_of(drawn)[0])
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -110,6 +147,7 @@ def sampling(loop: Loop, record: Record) -> None:
             expected=f"{loop.optimizer.noise_multiplier:.6g} (the optimizer's)",
             got=f"{sigma:.6g}",
         )
+    _secrets(loop, record, sigma)
     expected = getattr(loop.optimizer, "expected_batch_size", None)
     if rate is not None and expected and loop.optimizer.loss_reduction == "mean":
         true = rate * sampler.num_samples
@@ -122,6 +160,28 @@ def sampling(loop: Loop, record: Record) -> None:
                 expected=f"{true:.4g}",
                 got=f"{expected:.4g}",
             )
+
+
+def _secrets(loop: Loop, record: Record, sigma: float) -> None:
+    """The noise has a secret, and all that is released is paid for."""
+    if loop.seeded:
+        record.find(
+            "privacy",
+            "the noise follows from a seed (noise_generator): whoever knows or guesses it can subtract it",
+            "leave noise_generator out: the noise then has a secret key",
+        )
+    count_std = getattr(loop.optimizer, "unclipped_num_std", None)
+    if count_std and not isinstance(loop.optimizer, BookKeepingOptimizer):
+        # Its gradients' noise is raised for a count that a row moves by 1/2; a row moves it by 1.
+        true = (sigma**-2 - (2 * count_std) ** -2 + count_std**-2) ** -0.5
+        record.find(
+            "privacy",
+            "Opacus' adaptive clipping releases how many rows were not clipped, which a row moves by 1, "
+            "where the accountant assumes 1/2; and divides it by the batch's size, which is private",
+            "use dpzoo.PrivacyEngine with grad_sample_mode='bk' and clipping='adaptive'",
+            expected=f"noise multiplier {sigma:.4g}",
+            got=f"{true:.4g} at most",
+        )
 
 
 def parameters(loop: Loop, record: Record) -> None:
@@ -189,14 +249,16 @@ def settings(
         )
     if accumulation > 1:
         record.find(
-            "privacy" if loop.mode == "ghost" else "note",
-            f"{accumulation} backward passes for one step: "
+            "privacy",
+            f"{accumulation} of the loader's batches for one step: "
             + (
                 "ghost mode keeps the last one only, and the accountant counts one draw"
                 if loop.mode == "ghost"
-                else "several Poisson draws in one step may hold a row several times"
+                else "several Poisson draws in one step may hold a row several times, and the accountant "
+                "counts one"
             ),
-            "split logical batches with opacus.utils.batch_memory_manager.BatchMemoryManager",
-            expected="one backward pass for each draw",
+            "take a step for each batch; split large ones with "
+            "opacus.utils.batch_memory_manager.BatchMemoryManager",
+            expected="one draw for each step",
             got=str(accumulation),
         )

@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from dpzoo.auditing.record import Record
-from dpzoo.opacus_internals import announced, norms_of_rows
+from dpzoo.opacus_internals import norms_of_rows
 
-BATCHES = 2
+STEPS = 2
+MOST_BATCHES = 16
 
 
 def observe(
     module: nn.Module, loop: Any, step: Callable[[Any], Any], scheduler: Any, record: Record
 ) -> None:
-    """Run a loop's body on two batches and report what it does to the gradients.
+    """Run a loop's body on batches until it took two steps, and report what it does to the gradients.
 
     Args:
         module: the model beneath the wrapper.
@@ -53,7 +54,9 @@ def observe(
                 if before is not None and p.grad is not None and not torch.equal(before, p.grad):
                     seen.changed.append(loop.name_of(p))
         _clip_rate(loop, seen)
-        return pre_step(*args, **kwargs)
+        stepped = pre_step(*args, **kwargs)
+        seen.whole += bool(stepped)  # and not a part that a BatchMemoryManager has announced
+        return stepped
 
     for p in parameters if loop.mode == "ghost" else ():
         handles.append(p.register_post_accumulate_grad_hook(left_by_backward))
@@ -61,11 +64,11 @@ def observe(
     optimizer.pre_step = watched
     try:
         for number, batch in enumerate(loop.loader):
-            if number == BATCHES:
+            if seen.whole >= STEPS or number == MOST_BATCHES:
                 break
+            seen.batches += 1
             step(batch)
         moved = [not torch.equal(p, old) for p, old in zip(parameters, kept, strict=True)]
-        skipped = len(announced(optimizer))
         epochs = scheduler.last_epoch - schedule["last_epoch"] if schedule is not None else None
     finally:
         if hooked:
@@ -89,14 +92,15 @@ def observe(
             loop.accountant.history = history
         if scheduler is not None:
             scheduler.load_state_dict(schedule)
-    _judge(loop, seen, moved, skipped, epochs, record)
+    _judge(loop, seen, moved, epochs, record)
 
 
 class _Seen:
     """What happened while the loop's body ran."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps = self.whole = 0
+        self.batches = 0
         self.forwards = 0
         self.passes: list[int] = []
         self.changed: list[str] = []
@@ -121,9 +125,7 @@ def _clip_rate(loop: Any, seen: _Seen) -> None:
         seen.clipped += int((norms > loop.optimizer.max_grad_norm).sum())
 
 
-def _judge(
-    loop: Any, seen: _Seen, moved: list[bool], skipped: int, epochs: int | None, record: Record
-) -> None:
+def _judge(loop: Any, seen: _Seen, moved: list[bool], epochs: int | None, record: Record) -> None:
     if seen.changed:
         record.find(
             "utility",
@@ -133,19 +135,39 @@ def _judge(
             parameters=dict.fromkeys(seen.changed),
             mode=loop.mode,
         )
-    if seen.steps == 0:
+    most = max([*seen.passes, seen.forwards])
+    if seen.steps == 0 and most < 2:
         record.find("utility", "the loop's body never steps the private optimizer", "call step()")
-    most = max([*seen.passes, 0])
-    if most > 1 or (seen.steps and seen.steps < BATCHES and not skipped):
+    if seen.steps > seen.batches:
+        record.find(
+            "privacy",
+            "several private steps are taken on one draw: the accountant counts each as one of fresh rows",
+            "take one step for each batch of the loader",
+            mode=loop.mode,
+            expected=f"{seen.batches} steps for {seen.batches} batches",
+            got=str(seen.steps),
+        )
+    elif seen.steps < seen.batches and most > 1:
+        record.find(
+            "privacy",
+            "several draws go into one step: a row that is in two of them contributes twice, and the "
+            "accountant counts one draw",
+            "take a step for each batch; split large ones with BatchMemoryManager",
+            mode=loop.mode,
+            expected=f"{seen.batches} steps for {seen.batches} batches",
+            got=str(seen.steps),
+        )
+    elif most > 1:
         record.find(
             "privacy" if loop.mode == "ghost" else "note",
             f"{max(most, 2)} forward passes for one step: "
             + (
                 "ghost mode keeps the last one's gradient only"
                 if loop.mode == "ghost"
-                else "several draws in one step"
+                else "right for parts of one draw, which add up"
             ),
-            "split logical batches with BatchMemoryManager, and step after each backward pass",
+            "nothing to do for parts of one draw; in ghost mode, split draws with BatchMemoryManager, and "
+            "step after each backward pass",
             mode=loop.mode,
             expected="one forward and backward pass for each step",
             got=str(seen.passes),
@@ -159,15 +181,15 @@ def _judge(
             expected=f"norms around {loop.optimizer.max_grad_norm}",
             got=f"{seen.clipped} of {seen.rows} rows clipped",
         )
-    if epochs is not None and epochs > seen.steps:
+    if epochs is not None and epochs > seen.whole:
         record.find(
             "utility",
             "the scheduler steps more often than the optimizer: once for each physical batch?",
             "call scheduler.step() once for each logical batch (not while steps are skipped)",
-            expected=f"{seen.steps} steps",
+            expected=f"{seen.whole} steps",
             got=str(epochs),
         )
-    if seen.steps and not any(moved):
+    if seen.whole and not any(moved):
         record.find(
             "utility",
             "no weight moves in a step",

@@ -25,10 +25,8 @@ def top(value: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(value, torch.inf)) if value.numel() else 0.0
 
 
-def disagreements(
-    got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], tolerance: float
-) -> dict[str, float]:
-    """Parameters whose gradients differ, worst first, with the error relative to the largest entry.
+def errors(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How far gradients are off, relative to the parameter's largest entry; worst first.
 
     A parameter whose true gradient vanishes (an attention key's bias, say) is measured against a
     tenth of the largest gradient of all: its rounding has that size.
@@ -36,22 +34,36 @@ def disagreements(
     Args:
         got: the gradients to judge; compared under the names they have in common with ``wanted``.
         wanted: the true ones.
-        tolerance: the largest relative error that counts as rounding.
     """
     floor = 0.1 * largest(wanted)
-    wrong = {}
+    off = {}
     for name, gradient in got.items():
         if name not in wanted:
             continue
         truth = wanted[name]
+        error = 0.0
         if gradient.shape != truth.shape:
-            wrong[name] = float("inf")
+            error = float("inf")
         elif truth.numel():
-            error = top(gradient - truth)
-            scale = max(top(truth), floor)
-            if not error <= tolerance * scale:  # NaN too
-                wrong[name] = error / scale if scale else float("inf")
-    return dict(sorted(wrong.items(), key=lambda item: -item[1] if item[1] == item[1] else -1e300))
+            difference, scale = top(gradient - truth), max(top(truth), floor)
+            # NaN is off without limit, too.
+            error = difference / scale if scale and difference == difference else float("inf")
+            error = 0.0 if difference == 0 else error
+        off[name] = error
+    return dict(sorted(off.items(), key=lambda item: -item[1]))
+
+
+def disagreements(
+    got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], tolerance: float
+) -> dict[str, float]:
+    """The parameters whose `errors` are larger than rounding.
+
+    Args:
+        got: as in `errors`.
+        wanted: as in `errors`.
+        tolerance: the largest relative error that counts as rounding.
+    """
+    return {name: error for name, error in errors(got, wanted).items() if not error <= tolerance}
 
 
 def row_norms(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,12 @@
 """What a check writes while it runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from dpzoo.auditing.findings import CheckResult, Finding, Severity
+from dpzoo.auditing.numerics import errors
 
 
 class Record:
@@ -18,6 +21,7 @@ class Record:
         self.findings: list[Finding] = []
         self.skipped: list[str] = []
         self.parts = 0
+        self.largest: dict[str, float] = {}
 
     def ran(self) -> None:
         """Count a part of the check that ran."""
@@ -27,6 +31,19 @@ class Record:
         """Say why a part of the check did not."""
         if reason not in self.skipped:
             self.skipped.append(reason)
+
+    def measure(self, value: float, unit: str = "relative") -> None:
+        """Keep the largest of the errors that a check measured, in a unit."""
+        if not value <= self.largest.get(unit, -1.0):
+            self.largest[unit] = value
+
+    def differ(
+        self, got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], tolerance: float
+    ) -> dict[str, float]:
+        """`disagreements`, with the largest error kept."""
+        off = errors(got, wanted)
+        self.measure(max(off.values(), default=0.0))
+        return {name: error for name, error in off.items() if not error <= tolerance}
 
     def find(
         self,
@@ -58,4 +75,7 @@ class Record:
     def result(self, catches: str, seconds: float) -> CheckResult:
         """The outcome."""
         ran = self.parts > 0 or bool(self.findings)
-        return CheckResult(self.name, catches, self.findings, "; ".join(self.skipped), ran, seconds)
+        skipped = "; ".join(dict.fromkeys(self.skipped))
+        return CheckResult(
+            self.name, catches, self.findings, skipped, ran, seconds, dict(self.largest)
+        )

@@ -31,6 +31,14 @@ def summary(result: CheckResult) -> str:
     return "; ".join(counts)
 
 
+def largest(result: CheckResult) -> str:
+    """The largest errors that a check measured."""
+    return ", ".join(
+        f"{value:.4f} C" if unit == "C" else f"{value:.1e} {unit}"
+        for unit, value in result.largest.items()
+    )
+
+
 def details(finding: Finding) -> list[str]:
     """A finding as lines, the message first."""
     lines = [str(finding)]
@@ -53,8 +61,10 @@ def _plain(
 ) -> str:
     lines = [head, *(f"  ({remark})" for remark in remarks), ""]
     width = max((len(result.name) for result in results), default=0)
+    wide = max((len(largest(result)) for result in results), default=0)
     for result in results:
-        lines.append(f"  {result.name:<{width}}  {result.status:<7}  {summary(result)}".rstrip())
+        cells = f"  {result.name:<{width}}  {result.status:<7}  {largest(result):<{wide}}"
+        lines.append(f"{cells}  {summary(result)}".rstrip())
     for number, finding in enumerate(findings, 1):
         first, *rest = details(finding)
         lines += ["", *textwrap.wrap(f"{number}. {first}", 100, subsequent_indent="   ")]
@@ -76,10 +86,11 @@ def _rich(
     for remark in remarks:
         console.print(Text(f"({remark})"))
     table = Table()
-    for title in ("check", "result", "seconds", "what"):
+    for title in ("check", "result", "seconds", "largest error", "what"):
         table.add_column(title, justify="right" if title == "seconds" else "left")
     for result in results:
-        row = (result.name, result.status, f"{result.seconds:.1f}", summary(result))
+        seconds = f"{result.seconds:.1f}"
+        row = (result.name, result.status, seconds, largest(result), summary(result))
         table.add_row(*map(Text, row))
     console.print(table)
     if findings:

@@ -1,11 +1,12 @@
 """What an audit says: one result for each check, and the report that holds them."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dpzoo.auditing.findings import SEVERITIES, CheckResult, Finding, Severity, ShapeRow
+from dpzoo.auditing.findings import FAILURES, SEVERITIES, CheckResult, Finding, ShapeRow
 from dpzoo.auditing.rendering import render
 from dpzoo.errors import DpzooError
 
@@ -13,7 +14,7 @@ from dpzoo.errors import DpzooError
 class AuditFailedError(DpzooError):
     """An audit found something that must be mended before training; ``report`` has the details."""
 
-    def __init__(self, message: str, report: "AuditReport") -> None:
+    def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
 
@@ -51,9 +52,18 @@ class AuditReport:
         return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
     @property
+    def failures(self) -> list[Finding]:
+        """The findings that fail the audit, gravest first: those of privacy, crash and utility."""
+        return [finding for finding in self.findings if finding.severity in FAILURES]
+
+    @property
     def ok(self) -> bool:
-        """Whether nothing graver than a note was found."""
-        return all(finding.severity == "note" for finding in self.findings)
+        """The verdict: some check ran, and none found anything graver than a note.
+
+        It is the only one: `raise_if_failed` raises, and ``dpzoo audit`` exits with 1, exactly where it is
+        False. Utility findings count: what is trained would not be what was meant.
+        """
+        return not self.failures and any(result.ran for result in self.results)
 
     def __iter__(self) -> Iterator[CheckResult]:
         return iter(self.results)
@@ -64,18 +74,22 @@ class AuditReport:
                 return result
         raise KeyError(f"{check!r}; checks that ran: {', '.join(r.name for r in self.results)}")
 
-    def raise_if_failed(self, *, severities: tuple[Severity, ...] = SEVERITIES[:3]) -> None:
-        """Raise if there is a finding of one of the severities.
+    def raise_if_failed(self) -> None:
+        """Raise where `ok` is False.
 
         Raises:
-            AuditFailedError: with the findings in its message and the report as ``report``.
+            AuditFailedError: with the failures in its message and the report as ``report``.
         """
-        failures = [f for f in self.findings if f.severity in severities]
-        if failures:
-            lines = "\n".join(f"- {finding} {finding.remedy}".rstrip() for finding in failures)
-            raise AuditFailedError(
-                f"The audit of {self.model} failed in {len(failures)} place(s):\n{lines}", self
-            )
+        if self.ok:
+            return
+        lines = "\n".join(f"- {finding} {finding.remedy}".rstrip() for finding in self.failures)
+        count = len(self.failures)
+        why = (
+            f"failed in {count} place(s):\n{lines}"
+            if count
+            else "proved nothing: no check could run"
+        )
+        raise AuditFailedError(f"The audit of {self.model} {why}", self)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: dicts, lists, strings and numbers."""
@@ -91,7 +105,13 @@ class AuditReport:
             "checks": checks,
             "shapes": [asdict(row) for row in self.shapes],
         }
-        plain: dict[str, Any] = json.loads(json.dumps(data))  # tuples become lists
+        # Tuples become lists; what is no number, which JSON does not have, becomes text.
+        for check in checks:
+            check["largest"] = {
+                unit: value if math.isfinite(value) else str(value)
+                for unit, value in check["largest"].items()
+            }
+        plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
         return plain
 
     def to_json(self, indent: int | None = 2) -> str:

@@ -1,12 +1,17 @@
 """The loss of a batch, as one value for each row or as a scalar that is taken for their mean."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dpzoo.auditing.batches import Batch
-from dpzoo.errors import InputError
+from dpzoo.auditing.randomness import fixed_draws
+from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.losses import ModelLoss, unwrapped
+from dpzoo.models.base import PerSampleModel
 from dpzoo.models.cache import CACHE_NAMES
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -22,11 +27,13 @@ class RowLoss:
 
     Attributes:
         source: where the default found the loss: "loss", "outputs" or "user"; None before a call.
+        fixed: hold what is drawn at random fixed.
     """
 
     def __init__(self, loss: Loss | None) -> None:
         self._loss = loss
         self.source: str | None = None
+        self.fixed = False
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> torch.Tensor:
         """Per-row losses, (rows,), or a scalar.
@@ -34,6 +41,10 @@ class RowLoss:
         Raises:
             InputError: a loss of another shape.
         """
+        with fixed_draws() if self.fixed else nullcontext():
+            return self._value(model, batch)
+
+    def _value(self, model: Callable[..., Any], batch: Batch) -> torch.Tensor:
         if self._loss is not None:
             value, self.source = self._loss(model, batch.value), "user"
         else:
@@ -61,6 +72,34 @@ class RowLoss:
         """The sum over rows; of a scalar loss, its value times the number of rows."""
         value = self(model, batch)
         return value * batch.rows if value.dim() == 0 else value.sum()
+
+
+LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels")
+
+
+def losses_of_head(model: Any) -> Loss | None:
+    """The rows' losses of a stock transformers model, by `dpzoo.ModelLoss`; None for other models.
+
+    The model's own loss is a mean over the batch, with which mode "bk" cannot train.
+    """
+    stock = unwrapped(model)
+    if not isinstance(stock, PreTrainedModel) or isinstance(stock, PerSampleModel):
+        return None
+    try:
+        criterion = ModelLoss(stock, reduction="none")
+    except UnsupportedModelError:
+        return None
+
+    def losses(model: Any, batch: Any) -> torch.Tensor:
+        inputs = dict(batch)
+        # Encoder-decoders make the decoder's inputs from the labels.
+        kept = stock.config.is_encoder_decoder and "decoder_input_ids" not in inputs
+        given = inputs if kept else {k: v for k, v in inputs.items() if k not in LABELS}
+        spans = (inputs.get("start_positions"), inputs.get("end_positions"))
+        labels = inputs.pop("labels", spans)
+        return criterion(model(**given), labels, **inputs)
+
+    return losses
 
 
 def _fields(outputs: Any) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """`dpzoo.audit`: what one batch proves about a model's private training."""
 
-import random
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,11 +16,14 @@ from dpzoo.auditing.effect import effect
 from dpzoo.auditing.exactness import exactness, parity, split
 from dpzoo.auditing.freshness import freshness
 from dpzoo.auditing.isolation import isolation
+from dpzoo.auditing.neighbours import neighbours
 from dpzoo.auditing.noise import noise
 from dpzoo.auditing.opacus_modes import first_line
+from dpzoo.auditing.own_batch import batch_of
+from dpzoo.auditing.randomness import kept_states
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
-from dpzoo.auditing.row_losses import Loss
+from dpzoo.auditing.row_losses import Loss, losses_of_head
 from dpzoo.auditing.sensitivity import sensitivity
 from dpzoo.auditing.statelessness import statelessness
 from dpzoo.auditing.subject import CannotRunError, Subject
@@ -36,6 +38,7 @@ CHECKS: dict[str, Check] = {
     "exactness": exactness,
     "isolation": isolation,
     "statelessness": statelessness,
+    "neighbours": neighbours,
     "sensitivity": sensitivity,
     "parity": parity,
     "split": split,
@@ -47,40 +50,60 @@ CHECKS: dict[str, Check] = {
 """Check name -> the check, in the order in which they run; each one's docstring says what it catches."""
 
 
+COMPARING = (
+    "exactness", "isolation", "neighbours", "sensitivity", "parity", "split", "freshness", "effect",
+)  # fmt: skip
+"""Checks that compare runs, which a model that is random whatever is done does not allow."""
+
+DEFAULT_MODES = ("hooks", "ghost", "bk")
+
+QUICK = ("coverage", "exactness", "isolation", "statelessness", "neighbours", "edges", "noise")
+"""The checks of a quick audit, which is in mode "bk"."""
+
+
 def audit(
     model: nn.Module,
-    batch: Any,
+    batch: Any = None,
     *,
     loss: Loss | None = None,
     max_grad_norm: float = 1.0,
-    modes: Iterable[str] = ("hooks", "ghost"),
+    modes: Iterable[str] | None = None,
     checks: Iterable[str] | None = None,
+    quick: bool = False,
     progress: Callable[[str], None] | None = None,
     unit_ids: Any = None,
 ) -> AuditReport:
     """Prove that a model's private training is right on a batch, or name what is wrong.
 
     Works on any module: dpzoo's, a stock transformers model, the user's own. Everything runs on deep
-    copies in float64, in train mode with dropout off; per-sample gradients come from unmodified
-    Opacus, in mode "bk" from dpzoo's engine, and are compared, per row and per parameter, with each
-    row run alone under plain autograd.
+    copies in float64, in train mode with dropout off (submodules that are in eval mode stay there, if the
+    model itself is in train mode); per-sample gradients come from unmodified Opacus, in mode "bk" from
+    dpzoo's engine, and are compared, per row and per parameter, with each row run alone under plain
+    autograd. Where a model is random all the same (stochastic depth, a variational encoder), a remark says
+    so, and constants are in the place of what it draws.
 
     Args:
         model: a module before `make_private`, on any device.
         batch: a dict of keyword arguments or a tuple of positional ones; tensors have the rows
-            first. The checks run on 3 to 5 of its rows, their number unlike its other dimensions.
+            first. Most checks run on 3 to 5 of its rows, their number unlike its other dimensions. By
+            default, for a transformers model, a batch made from its config.
         loss: maps (model, batch) to per-row losses, (rows,), or to a scalar that is taken for their
             mean. By default the model's own: its outputs' ``loss_per_sample``, else their ``loss``,
-            else a fixed nonlinear function of each row's outputs.
+            else a fixed nonlinear function of each row's outputs. Mode "bk" cannot train on a scalar: for
+            a stock transformers model, it is audited with `dpzoo.ModelLoss`.
         max_grad_norm: the clipping norm that training will use; others are tried beside it.
-        modes: grad_sample_modes to audit: of "hooks", "functorch", "ew", "ghost", "bk".
+        modes: grad_sample_modes to audit: of "hooks", "functorch", "ew", "ghost", "bk"; by default hooks,
+            ghost and bk.
         checks: names of `dpzoo.auditing.CHECKS`; all of them by default.
+        quick: by default fewer: the checks `dpzoo.auditing.run.QUICK`, mode "bk", 3 rows. A remark of the
+            report says so.
         progress: called with the name of each check before it runs.
         unit_ids: the ids of the units that the batch's rows are of, (rows,), as `make_private` takes them
             in mode "bk": the sensitivity check then takes away a whole unit, too. The first four are tried.
 
     Returns:
-        The report; ``report.ok`` says whether nothing graver than a note was found.
+        The report. ``report.ok`` is the verdict: False for a finding of severity privacy, crash or
+        utility, and where no check could run. ``report.raise_if_failed()`` raises in the same cases.
 
     Raises:
         InputError: a wrapped model, one that cannot be copied, no trainable parameter, a batch that
@@ -90,8 +113,7 @@ def audit(
         The model is bit-equal afterwards: parameters, buffers, gradients, hooks, attributes of
         parameters, train flags; so are torch's, numpy's and Python's random states.
     """
-    modes = _known("modes", modes, tuple(MODES))
-    names = _known("checks", CHECKS if checks is None else checks, tuple(CHECKS))
+    modes, names = chosen(modes, checks, quick)
     _refuse(model, max_grad_norm)
     if unit_ids is not None and "bk" not in modes:
         raise InputError(
@@ -100,38 +122,66 @@ def audit(
         )
     start = time.perf_counter()
     with _quietly(model):
-        subject = Subject(
-            model, batch, loss=loss, max_grad_norm=max_grad_norm, modes=modes, unit_ids=unit_ids
-        )
-        return _report(subject, names, start, progress)
+        if batch is None:
+            batch = batch_of(model)
+
+        def subject(modes: tuple[str, ...], loss: Loss | None) -> Subject:
+            return Subject(
+                model,
+                batch,
+                loss=loss,
+                max_grad_norm=max_grad_norm,
+                modes=modes,
+                quick=quick,
+                unit_ids=unit_ids if "bk" in modes else None,
+            )
+
+        subjects = [subject(modes, loss)]
+        of_head = None
+        if "bk" in modes and subjects[0].loss.source == "loss" and not subjects[0].per_row_loss:
+            of_head = losses_of_head(model)
+        if of_head is not None:
+            others = tuple(mode for mode in modes if mode != "bk")
+            subjects = [subject(others, None)] if others else []
+            subjects.append(subject(("bk",), of_head))
+            subjects[0].remarks.append("bk: the losses are dpzoo.ModelLoss(model)'s, row by row")
+        if quick:
+            left_out = [name for name in CHECKS if name not in names]
+            subjects[0].remarks.append(f"a quick audit, without {', '.join(left_out) or 'nothing'}")
+        return _report(subjects, modes, names, start, progress)
 
 
 def _report(
-    subject: Subject,
+    subjects: Sequence[Subject],
+    modes: tuple[str, ...],
     names: Iterable[str],
     start: float,
     progress: Callable[[str], None] | None = None,
 ) -> AuditReport:
+    first = subjects[0]
     report = AuditReport(
-        model=type(subject.original).__name__,
-        rows=subject.rows,
-        modes=subject.modes,
-        dtype=str(subject.dtype).removeprefix("torch."),
-        remarks=subject.remarks,
+        model=type(first.original).__name__,
+        rows=first.rows,
+        modes=modes,
+        dtype=str(first.dtype).removeprefix("torch."),
+        remarks=first.remarks,
     )
     for name in names:
         if progress is not None:
             progress(name)
         check, record, begun = CHECKS[name], Record(name), time.perf_counter()
-        try:
-            check(subject, record)
-        except CannotRunError as error:
-            record.skip(str(error))
-        except Exception as error:
-            record.find("crash", f"the check could not finish: {first_line(error)}")
+        for subject in subjects:
+            try:
+                if subject.random and name in COMPARING:
+                    raise CannotRunError(subject.random)
+                check(subject, record)
+            except CannotRunError as error:
+                record.skip(str(error))
+            except Exception as error:
+                record.find("crash", f"the check could not finish: {first_line(error)}")
         report.results.append(record.result(catches(check), time.perf_counter() - begun))
     try:
-        report.shapes = shapes(subject)
+        report.shapes = shapes(first)
     except Exception as error:
         report.remarks.append(f"no shapes: {first_line(error)}")
     report.seconds = time.perf_counter() - start
@@ -142,6 +192,21 @@ def catches(check: Check) -> str:
     """The bugs that a check is there for, from its docstring."""
     text = " ".join((check.__doc__ or "").split())
     return text.partition("Catches: ")[2]
+
+
+def chosen(
+    modes: Iterable[str] | None, checks: Iterable[str] | None, quick: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modes and checks of an audit.
+
+    Raises:
+        InputError: one is not known.
+    """
+    if modes is None:
+        modes = ("bk",) if quick else DEFAULT_MODES
+    if checks is None:
+        checks = QUICK if quick else CHECKS
+    return _known("modes", modes, tuple(MODES)), _known("checks", checks, tuple(CHECKS))
 
 
 def _known(what: str, given: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -166,24 +231,14 @@ def _refuse(model: nn.Module, max_grad_norm: float) -> None:
         raise InputError(
             f"audit got a {type(model).__name__} without trainable parameters; there is nothing to audit."
         )
-    if not max_grad_norm > 0:
+    if not 0 < max_grad_norm < math.inf:
         raise InputError(f"audit got max_grad_norm={max_grad_norm}, wanted a number above 0.")
 
 
 @contextmanager
 def _quietly(model: nn.Module) -> Iterator[None]:
     """Random states restored, gradients on, Opacus' and torch's warnings about hooks silenced."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    python, numbers = random.getstate(), np.random.get_state()
-    try:
-        with (
-            torch.random.fork_rng(devices=[d.index for d in devices]),
-            torch.enable_grad(),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
+    with kept_states(model), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield

@@ -65,6 +65,7 @@ def sensitivity(subject: Subject, record: Record) -> None:
     if subject.units is not None and "bk" in modes:
         worst["bk"] = max([worst["bk"], *_without_a_unit(subject, record)])
     for mode, (ratio, title, clip) in worst.items():
+        record.measure(ratio, "C")
         if ratio > 1 + SLACK:
             record.find(
                 "privacy",

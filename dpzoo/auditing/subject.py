@@ -13,15 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpzoo.auditing.batches import Batch, prepared
+from dpzoo.auditing.batches import FEW_ROWS, IGNORE_INDEX, MOST_ROWS, Batch, prepared
 from dpzoo.auditing.book_keeping import mode_around
 from dpzoo.auditing.capture import Trace, trace
 from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_norms
-from dpzoo.auditing.opacus_modes import ModeRun, OpacusMode, first_line
+from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
+from dpzoo.auditing.randomness import Draws, numbers
 from dpzoo.auditing.row_losses import Loss, RowLoss
 from dpzoo.clipping.units import checked_ids
 from dpzoo.errors import InputError
 from dpzoo.modes import MODES
+
+MOST_WHOLE = 64
+"""Rows of the batch as given that are run together."""
 
 
 class CannotRunError(Exception):
@@ -38,6 +42,7 @@ class Subject:
         max_grad_norm: see `dpzoo.audit`.
         modes: see `dpzoo.audit`.
         rows_as_given: keep the number of rows of the batch.
+        quick: take fewer rows.
         unit_ids: see `dpzoo.audit`.
     """
 
@@ -50,6 +55,7 @@ class Subject:
         max_grad_norm: float,
         modes: tuple[str, ...],
         rows_as_given: bool = False,
+        quick: bool = False,
         unit_ids: Any = None,
     ) -> None:
         self.original = model
@@ -64,13 +70,20 @@ class Subject:
             raise InputError(
                 "audit got unit_ids of one unit, wanted at least 2: one is taken away."
             )
-        self.batch, self.remarks = (given, []) if rows_as_given else prepared(given, sizes)
+        most = FEW_ROWS if quick else MOST_ROWS
+        self.batch, self.remarks = (given, []) if rows_as_given else prepared(given, sizes, most)
         self.rows = self.batch.rows
         self.loss = RowLoss(loss)
         self.dtype = torch.float64
         self.given_batch = self.batch  # in the user's dtype
         self.model = self._in_double()
         self.tolerance = TOLERANCE[self.dtype]
+        self.whole = given.take(range(min(given.rows, MOST_WHOLE))).to(self.dtype)
+        """The batch as given, up to `MOST_WHOLE` rows, in the audit's dtype."""
+        self.quick = quick
+        self.random = self._hold_draws()
+        """Why two runs of the model differ, though what it draws is held fixed; empty where they do not."""
+        self.batch.targets = self.whole.targets = self._targets()
         self._mode_runs: dict[str, ModeRun] = {}
         self._opacus: dict[str, OpacusMode] = {}
 
@@ -78,6 +91,8 @@ class Subject:
 
     def fresh_copy(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A deep copy of the user's model in train mode, dropout off, in the audit's dtype or another.
+
+        A model that is in train mode keeps the flags of its submodules: frozen norms stay in eval mode.
 
         Raises:
             InputError: the model cannot be copied.
@@ -89,7 +104,8 @@ class Subject:
                 f"audit works on a deep copy, and {type(self.original).__name__} cannot be copied: "
                 f"{first_line(error)}. Pass the model before it is wrapped or hooked."
             ) from error
-        made.train()
+        if not made.training:
+            made.train()
         for module in made.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
@@ -125,6 +141,54 @@ class Subject:
                 ) from again
             self.remarks.append(f"float64 does not run ({first_line(error)}); compared in float32")
             return made
+
+    def _hold_draws(self) -> str:
+        """Hold the draws of a model that is random in training, and see whether that makes runs equal."""
+        before = numbers()
+        with Draws(fixed=False) as draws:
+            self.loss(self.model, self.batch)
+        drew = [*draws.seen] + ["Python's or numpy's random numbers"] * (numbers() != before)
+        if not drew:
+            return ""
+        self.remarks.append(
+            f"random in training ({', '.join(drew)}), and constants are in the place of what is drawn"
+        )
+        self.loss.fixed = True
+        one, two = (self.total_gradient(self.batch) for _ in range(2))
+        after = []
+        for batch in (self.batch, self.batch.take(range(self.rows - 1))):
+            self.loss(self.model, batch)
+            after.append(numbers())
+        differs = disagreements(one, two, self.tolerance)
+        if not differs and after[0] == after[1] and not draws.loose:
+            return ""
+        return f"random in training ({', '.join(drew)}): equal runs differ, and nothing can be compared"
+
+    def _targets(self) -> frozenset[str]:
+        """Integer tensors that take -100, under whatever name: there it says that a token has no label."""
+        found = set()
+        for name, tensor in self.batch.tensors().items():
+            known = "label" in name or "mask" in name or tensor.dtype == torch.bool
+            if known or tensor.dim() < 2 or tensor.is_floating_point():
+                continue
+            if not bool((tensor == IGNORE_INDEX).any()):
+                if tensor.device.type != "cpu":  # an id out of range would end the process
+                    continue
+                changed = tensor.clone()
+                changed[0].view(-1)[1:] = IGNORE_INDEX
+                if not self._takes(name, changed):
+                    continue
+            found.add(name)
+        return frozenset(found)
+
+    def _takes(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether the batch runs with another tensor in it."""
+        tried = self.batch.map(lambda other, old: tensor if other == name else old)
+        try:
+            with torch.no_grad():
+                return bool(self.loss(self.model, tried).isfinite().all())
+        except Exception:
+            return False
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -243,6 +307,8 @@ class Subject:
 
     def broken(self, mode: str) -> str:
         """Why checks that need whole per-sample gradients cannot use a mode; empty if they can."""
+        if mode == "bk" and not self.per_row_loss:
+            return PER_ROW_LOSS_ONLY[mode]
         run = self.mode_run(mode)
         if run.error:
             return f"{mode} raises"

@@ -446,12 +446,8 @@ def batch(
 
     config = model.config
     if task == "image-classification":
-        vision = getattr(config, "vision_config", config)
-        side = getattr(vision, "image_size", sizes.image)
-        side = side if isinstance(side, int) else side[0]
-        channels = getattr(vision, "num_channels", 3)
-        pixels = torch.randn(rows, channels, side, side, generator=generator, dtype=torch.float64)
-        return {"pixel_values": pixels}, draw(0, sizes.labels, rows)
+        images = pixels(config, rows, sizes.image, generator)
+        return {"pixel_values": images}, draw(0, sizes.labels, rows)
     made: Batch = {}
     ids = draw(3, sizes.vocab - 12, rows, seq)
     ids[:, seq // 2] = ids[:, 1]  # a token twice in a row
@@ -473,6 +469,15 @@ def batch(
         return made, draw(3, sizes.vocab - 12, rows, max(seq - 2, 2))
     labels = ids.clone() if task == "causal-lm" else draw(3, sizes.vocab - 12, rows, seq)
     return made, labels.masked_fill(mask == 0, -100)
+
+
+def pixels(config: Any, rows: int, side: int = Sizes.image, generator: Any = None) -> torch.Tensor:
+    """Images, (rows, channels, height, width), of the size that a config says, or else ``side``."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", side)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    channels = getattr(vision, "num_channels", 3)
+    return torch.randn(rows, channels, height, width, generator=generator, dtype=torch.float64)
 
 
 def row_losses(

@@ -38,26 +38,23 @@ def token_classification(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> TokenClassifierOutput:
     """Logits (batch, seq, num_labels); a row's loss is the mean over its labelled tokens."""
-    body = model.base_model(**inputs)
-    logits = project(body.last_hidden_state)
-    losses = None if labels is None else token_losses(logits, labels)
-    output = TokenClassifierOutput(
-        loss=batch_mean(losses),
-        logits=logits,
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
-    )
-    return model._finish(output, losses)
+    return _token_by_token(TokenClassifierOutput, model, project, labels, inputs)
 
 
 def masked_lm(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> MaskedLMOutput:
     """Logits (batch, seq, vocab); a row's loss is the mean over its labelled tokens."""
+    return _token_by_token(MaskedLMOutput, model, project, labels, inputs)
+
+
+def _token_by_token(
+    kind: Any, model: Any, project: Projection, labels: torch.Tensor | None, inputs: dict[str, Any]
+) -> Any:
     body = model.base_model(**inputs)
     logits = project(body.last_hidden_state)
     losses = None if labels is None else token_losses(logits, labels)
-    output = MaskedLMOutput(
+    output = kind(
         loss=batch_mean(losses),
         logits=logits,
         hidden_states=body.hidden_states,

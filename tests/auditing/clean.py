@@ -3,6 +3,7 @@
 Some raise on an empty batch, through no fault of the audit; `NO_EMPTY_BATCH` says why.
 """
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,50 @@ class FixedEncoder(nn.Module):
         return self.head(self.layer(x).mean(1))
 
 
+class Encoder(nn.Module):
+    """A variational auto-encoder: noise in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(7, 8), nn.Linear(4, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, log_var = self.encode(x).chunk(2, 1)
+        return self.decode(mean + torch.randn_like(mean) * torch.tanh(log_var).exp())
+
+
+class Skipping(nn.Module):
+    """Stochastic depth, of each row or of the layer by Python's generator; or dropout by another name."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 5)
+        self.how, self.rate = how, 0.4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = torch.tanh(self.two(torch.tanh(self.one(x))))
+        if self.how == "rows":
+            kept = torch.rand(len(x), 1, dtype=x.dtype, device=x.device) + 1 - self.rate
+            branch = branch * kept.floor() / (1 - self.rate)
+        elif self.how == "layer":
+            branch = branch if random.random() > self.rate else branch * 0.5
+        else:
+            branch = F.dropout(branch, self.rate, self.training)
+        return self.head(x + branch)
+
+
+class Evaluated(nn.Module):
+    """A norm that is kept in eval mode while the model trains, its affine parameters frozen or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 5)
+        self.norm.requires_grad_(False).eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
 def distinct_ids() -> torch.Tensor:
     """No word twice in a row: Opacus' sampler of EmbeddingBag drops repeated ones (see planted)."""
     return torch.stack([torch.randperm(11)[:6] for _ in range(4)])
@@ -181,10 +226,15 @@ CLEAN: dict[str, Callable[[], tuple[nn.Module, Any, dict[str, Any]]]] = {
         (torch.randn(4, 3, 7, 7),),
         {},
     ),
+    "variational auto-encoder": lambda: (Encoder(), (torch.randn(X),), {}),
+    "stochastic depth of rows": lambda: (Skipping("rows"), (torch.randn(X),), {}),
+    "stochastic depth of a layer": lambda: (Skipping("layer"), (torch.randn(X),), {}),
+    "dropout by another name": lambda: (Skipping("units"), (torch.randn(X),), {}),
+    "a norm kept in eval mode": lambda: (Evaluated(), (torch.randn(4, 3, 6, 6),), {}),
     "DPLSTM": lambda: (LSTM(), (ids(4, 6),), {"modes": ("hooks",)}),
     "DPGRU": lambda: (LSTM(DPGRU), (ids(4, 6),), {"modes": ("hooks",)}),
     "block with DPMultiheadAttention": lambda: (Block(), (ids(4, 6),), {}),
-    "bag of words": lambda: (BagOfWords(), (distinct_ids(),), {}),
+    "bag of words": lambda: (BagOfWords(), (distinct_ids(),), {"modes": ("hooks", "ghost")}),
     "Siamese": lambda: (
         Siamese(),
         (torch.randn(X), torch.randn(X)),

@@ -147,6 +147,103 @@ def row_mean(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return per_token(model, batch).sum(1) / counted.clamp(min=1)
 
 
+def target_mean(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A token mean whose labels have another name, and no -100 in this batch."""
+    logits = model(batch["input_ids"])
+    return F.cross_entropy(logits.transpose(1, 2), batch["y"])
+
+
+def masked_mean(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A mean over the tokens that a mask counts, those of all rows."""
+    logits, mask = model(batch["input_ids"]), batch["attention_mask"]
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
+    return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+
+def summed(model: Any, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A sum over the rows, where a mean is expected."""
+    return model(batch[0]).square().sum(1).sum()
+
+
+class Capacity(nn.Module):
+    """Experts that take so many rows of a batch: what comes later is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(HIDDEN, 3), nn.Linear(HIDDEN, 3)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shares = self.router(x).softmax(-1)
+        chosen = F.one_hot(shares.argmax(-1), 3)
+        room = 4 + len(x) // 4
+        taken = chosen * (chosen.cumsum(0) <= room)  # a row's place in its expert's queue
+        outputs = torch.stack([expert(x) for expert in self.experts], -1)
+        return self.head(x + (torch.tanh(outputs) * (taken * shares)[:, None]).sum(-1))
+
+
+class LastPosition(nn.Module):
+    """Classifies from the last position, which is padding in all rows but the longest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 3)
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, labels: Any
+    ) -> Any:
+        hidden = torch.tanh(self.body(inputs_embeds)).cumsum(1)
+        losses = F.cross_entropy(self.head(hidden[:, -1]), labels, reduction="none")
+        return {"loss_per_sample": losses}
+
+
+class Remembering(nn.Module):
+    """Adds the mean of the batch before, which no buffer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.last = nn.Linear(HIDDEN, 3), [torch.zeros(HIDDEN)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = self.head(x + self.last[0].to(x))
+        if len(x):
+            self.last[0] = x.mean(0).detach()
+        return outputs
+
+
+class Ranked(nn.Module):
+    """Looks up a row's rank in the batch: integers, through which no gradient flows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks, self.head = nn.Embedding(64, HIDDEN), nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.ranks(x[:, 0].argsort().argsort())) + x)
+
+
+class InLargeBatches(nn.Module):
+    """Centred over the batch, in batches of more than 20 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x - x.mean(0) if len(x) > 20 else x)
+
+
+class Shuffling(nn.Module):
+    """Mixes each row with another one, drawn at random: mixup in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(0.7 * x + 0.3 * x[torch.randperm(len(x))])
+
+
 def in_batch_negatives(model: Any, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Every other row is a negative example of this one."""
     hidden = F.normalize(model(batch[0]), dim=1, eps=1e-6)
@@ -258,6 +355,13 @@ class Codes(nn.Module):
             with torch.no_grad():
                 self.codes.add_(x.reshape(-1, HIDDEN).sum(0))
         return x
+
+
+class Tokens(nn.Module):
+    """Values to ids."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.detach().abs() * 4).long().clamp(max=VOCAB - 1)
 
 
 class Keyword(nn.Module):
@@ -391,6 +495,25 @@ def token_batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids(ROWS, SEQ), "labels": labels(ROWS, SEQ)}
 
 
+def _padded_embeds() -> dict[str, torch.Tensor]:
+    mask = torch.ones(ROWS, SEQ, dtype=torch.long)
+    for i in range(1, ROWS):
+        mask[i, -i:] = 0
+    return {
+        "inputs_embeds": floats(ROWS, SEQ, HIDDEN),
+        "attention_mask": mask,
+        "labels": torch.tensor([0, 1, 2, 1]),
+    }
+
+
+def _targets() -> dict[str, torch.Tensor]:
+    return {"input_ids": ids(ROWS, SEQ), "y": torch.randint(0, VOCAB, (ROWS, SEQ))}
+
+
+def _masked() -> dict[str, torch.Tensor]:
+    return {"input_ids": ids(ROWS, SEQ), "attention_mask": torch.ones(ROWS, SEQ)}
+
+
 def _norm_net() -> nn.Module:
     return nn.Sequential(nn.Linear(HIDDEN, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
 
@@ -495,6 +618,20 @@ PLANTED = [
                 lambda: nn.BatchNorm1d(HIDDEN, affine=False),
             ),
             (
+                "a table whose rows are renormed",
+                "has max_norm",
+                lambda: nn.Sequential(Tokens(), nn.Embedding(VOCAB, HIDDEN, max_norm=1.0)),
+            ),
+            (
+                "a running variance in a norm of instances",
+                "takes statistics over the rows",
+                lambda: nn.Sequential(
+                    nn.Unflatten(1, (2, 4)),
+                    nn.InstanceNorm1d(2, track_running_stats=True),
+                    nn.Flatten(),
+                ),
+            ),
+            (
                 "statistics of a frozen norm",
                 "is in training mode",
                 lambda: nn.BatchNorm1d(HIDDEN).requires_grad_(False),
@@ -559,6 +696,79 @@ PLANTED = [
         "depends on other rows",
         lambda: (Tagger(), token_batch()),
         options={"loss": items_in_batch},
+    ),
+    Planted(
+        "a token-mean loss, its labels under another name",
+        "isolation",
+        "privacy",
+        "other rows have fewer labels",
+        lambda: (Tagger(), _targets()),
+        options={"loss": target_mean},
+    ),
+    Planted(
+        "a token-mean loss over a mask",
+        "isolation",
+        "privacy",
+        "other rows are shorter",
+        lambda: (Tagger(), _masked()),
+        options={"loss": masked_mean},
+    ),
+    Planted(
+        "a sum over rows for a mean",
+        "isolation",
+        "privacy",
+        "not the mean of the rows' losses",
+        lambda: (nn.Sequential(nn.Linear(HIDDEN, 5)), _x()),
+        options={"loss": summed},
+    ),
+    Planted(
+        "experts with a capacity",
+        "isolation",
+        "privacy",
+        "there are 16 other rows",
+        lambda: (Capacity(), _x()),
+    ),
+    Planted(
+        "experts with a capacity, in the batch as given",
+        "neighbours",
+        "privacy",
+        "the other rows' gradients change",
+        lambda: (Capacity(), (floats(40, HIDDEN),)),
+    ),
+    Planted(
+        "a head that reads the last position",
+        "neighbours",
+        "privacy",
+        "are padded to the longest of them",
+        lambda: (LastPosition(), _padded_embeds()),
+    ),
+    Planted(
+        "rows that are mixed at random",
+        "isolation",
+        "privacy",
+        "other rows",
+        lambda: (Shuffling(), _x()),
+    ),
+    Planted(
+        "a mean that is kept of the batch before",
+        "isolation",
+        "privacy",
+        "other rows",
+        lambda: (Remembering(), _x()),
+    ),
+    Planted(
+        "ranks within the batch",
+        "isolation",
+        "privacy",
+        "other rows",
+        lambda: (Ranked(), _x()),
+    ),
+    Planted(
+        "rows that meet in large batches alone",
+        "neighbours",
+        "privacy",
+        "the other rows' gradients change",
+        lambda: (InLargeBatches(), (floats(40, HIDDEN),)),
     ),
     Planted(
         "a functional tie in hooks mode: the head's gradient is lost",

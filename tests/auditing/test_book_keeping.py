@@ -11,10 +11,11 @@ from dpzoo.auditing import audit, audit_loop
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.clipping.rules import Adaptive, Flat
 from dpzoo.clipping.units import Units
 from dpzoo.factors import EACH, EmbeddingFactors, LinearFactors
 from tests.auditing.clean import CLEAN, NO_EMPTY_BATCH
-from tests.auditing.loops import Loop
+from tests.auditing.loops import ADAPTIVE, Loop
 from tests.auditing.planted import PLANTED, Planted
 from tests.auditing.test_zoo import SAMPLED
 from tests.support import TIED, batch_for, stock_model
@@ -55,14 +56,17 @@ def test_a_clean_model_passes_or_is_refused_by_name(name: str) -> None:
         (alarm,) = alarms
         assert REFUSED[name] in alarm
         assert alarm.startswith("bk mode raises in its first step: ")
-    elif name.startswith("stock "):
-        assert not alarms, str(report)
-        assert any("bk takes one loss for each row" in f.message for f in report.findings)
-    elif "hooks" in NO_EMPTY_BATCH.get(name, ("",))[0]:  # the model itself raises
-        (alarm,) = alarms
-        assert alarm.startswith("bk mode raises on an empty batch")
+    elif "mean over the batch" in name:
+        assert alarms == [
+            "bk mode raises in its first step: InputError: bk: the loss is a scalar, and bk takes one loss "
+            "for each row. Pass loss=... with one value for each row; dpzoo.ModelLoss(model) has them for "
+            "transformers' models."
+        ]
     else:
         assert not alarms, str(report)
+        empty = any(f.message.startswith("the model raises on an empty") for f in report.findings)
+        assert empty == ("hooks" in NO_EMPTY_BATCH.get(name, ("",))[0])  # the model itself raises
+        assert not any("bk" in r.skipped for r in report if r.name != "unit")
 
 
 # --- planted bugs ---------------------------------------------------------------------------------------
@@ -76,6 +80,16 @@ IN_BK: dict[str, tuple[str, str]] = {
     "a running mean": ("statelessness", "changed in a training forward pass"),
     "a frozen parameter that": ("statelessness", "changed in a training forward pass"),
     "statistics of": ("statelessness", "is in training mode"),
+    "a table whose rows": ("statelessness", "has max_norm"),
+    "a running variance": ("statelessness", "takes statistics over the rows"),
+    "a sum over rows": ("isolation", "not the mean of the rows' losses"),
+    "experts with a capacity, in": ("neighbours", "the other rows' gradients change"),
+    "experts with a capacity": ("isolation", "there are 16 other rows"),
+    "a head that reads": ("neighbours", "are padded to the longest of them"),
+    "a mean that is kept": ("isolation", "other rows"),
+    "ranks within": ("isolation", "other rows"),
+    "rows that meet in large": ("neighbours", "the other rows' gradients change"),
+    "rows that are mixed": ("isolation", "depends on other rows"),
     "the batch's mean": ("coverage", REFUSAL + "InputError: linear was called with a trainable parameter"),
     "in-batch negatives": ("coverage", REFUSAL + "InputError: The recorded per-sample gradients are not"),
     "a mixture's balance": ("isolation", "depends on other rows"),
@@ -84,7 +98,6 @@ IN_BK: dict[str, tuple[str, str]] = {
     "Opacus' own EmbeddingBag": ("coverage", REFUSAL + "UnsupportedModelError: embedding_bag of"),
     "a branch": ("split", "physical batches of 1 give another sum"),
     "a trainable layer that is detached": ("coverage", NOISE_ALONE),
-    "an empty batch that raises": ("edges", "bk mode raises on an empty batch"),
     "a loss computed from a copy": ("effect", "the loss did not follow"),
 }  # fmt: skip
 """The beginning of a planted bug's name -> the check that names it in bk, and a part of the message."""
@@ -94,6 +107,7 @@ RIGHT_IN_BK = {
     "a module tie": "one parameter under 2 names",
     "an activation passed by keyword": "",
     "a padding row": "",
+    "an empty batch that raises": "the model raises on an empty batch",  # a step needs no forward pass
     "a grad sampler whose sum": "",  # bk goes by the layer's forward, which is nn.Linear's
     "a row whose gradient is NaN": "bk leaves the row out and counts it",
     # What Opacus' hooks do not see or see wrongly, and a recorder of functions sees:
@@ -126,7 +140,8 @@ def test_a_planted_bug_is_named_or_none_in_bk(planted: Planted) -> None:
     found = [f for f in report[check].findings if says in f.message and f.severity != "note"]
     assert found, str(report)
     assert all(
-        f.mode == (None if check in ("isolation", "statelessness") else "bk") and f.remedy
+        f.mode == (None if check in ("isolation", "neighbours", "statelessness") else "bk")
+        and f.remedy
         for f in found
     )
 
@@ -251,15 +266,6 @@ def test_a_broken_bk_is_caught(
 
 # --- loops ----------------------------------------------------------------------------------------------
 
-ADAPTIVE = {
-    "clipping": "adaptive",
-    "target_unclipped_quantile": 0.5,
-    "clipbound_learning_rate": 0.4,
-    "max_clipbound": 50.0,
-    "min_clipbound": 0.01,
-    "unclipped_num_std": 1.5,
-}
-
 
 @pytest.mark.parametrize(
     "options", [ADAPTIVE, {"clipping": "automatic"}], ids=lambda o: o["clipping"]
@@ -271,6 +277,22 @@ def test_a_right_loop_of_other_clippings_passes(options: dict[str, Any]) -> None
     assert report.ok, str(report)
     assert report.modes == ("bk",)
     assert loop.optimizer.max_grad_norm == clip  # though steps were taken
+
+
+def test_a_count_that_a_row_moves_by_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adaptive clipping's theorem has 1/2 for a row."""
+
+    def whole(self: Any, clip: float, squared: Any, norms: torch.Tensor) -> Any:
+        made = Flat.factors(self, clip, squared, norms)
+        self.halves += float((made[None] >= 1).double().sum())
+        return made
+
+    loop = Loop("bk", max_grad_norm=20.0, **ADAPTIVE)
+    assert audit_loop(*loop.objects(), step=loop.step).ok
+    monkeypatch.setattr(Adaptive, "factors", whole)
+    (finding,) = audit_loop(*loop.objects(), step=loop.step).failures
+    assert "moves the count that adaptive clipping releases by more than 1/2" in finding.message
+    assert (finding.expected, finding.got) == ("at most 0.5", "1")
 
 
 def test_micro_batches_add_up_and_are_a_note_only() -> None:
@@ -378,4 +400,4 @@ def test_unit_ids_that_cannot_be_tried() -> None:
     with pytest.raises(dpzoo.InputError, match="has 5 ids for 6 rows"):
         audit(model, batch, modes=("bk",), unit_ids=TWO_ROWS_EACH[1:])
     with pytest.raises(dpzoo.InputError, match="wanted 'bk' among the modes"):
-        audit(model, batch, unit_ids=TWO_ROWS_EACH)
+        audit(model, batch, modes=("hooks",), unit_ids=TWO_ROWS_EACH)

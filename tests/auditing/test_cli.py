@@ -1,17 +1,22 @@
 """``dpzoo audit``: the zoo's model or the stock one, random rows or a file's, table or JSON."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from dpzoo.auditing.run import QUICK
 from dpzoo.cli import main
 from dpzoo.example_batch import example_batch
+from dpzoo.families.tiny import build
 from dpzoo.registry import stock_class
 from tests.support import NAMES, TASK, class_by_name, stock_model, tiny_config
 
@@ -90,6 +95,110 @@ def test_rows_of_a_file(folder: str, capsys: pytest.CaptureFixture[str]) -> None
     report = json.loads(capsys.readouterr().out)
     assert report["ok"]
     assert report["rows"] >= 3
+
+
+def test_any_architecture_is_audited_in_bk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stock class, in bk, with a batch from its config; fewer checks with --quick."""
+    model, _ = build("causal-lm/llama")
+    model.float().save_pretrained(tmp_path)
+    assert main(["audit", str(tmp_path), "--quick", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["model"], data["modes"], data["ok"]) == ("LlamaForCausalLM", ["bk"], True)
+    assert [check["name"] for check in data["checks"]] == list(QUICK)
+    assert any("a quick audit, without unit, sensitivity" in remark for remark in data["remarks"])
+    largest = {check["name"]: check["largest"] for check in data["checks"]}
+    assert 0 <= largest["exactness"]["relative"] < 1e-9
+    assert largest["neighbours"]["C"] == pytest.approx(1.0, abs=1e-3)
+    assert main(["audit", str(tmp_path), "--task", "base", "--checks", "coverage"]) == 0
+    assert "audit of LlamaModel: ok, 4 rows, modes bk" in capsys.readouterr().out
+
+
+def test_rows_that_the_tokenizer_does_not_know(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its files transformers makes a tokenizer of no words: four equal rows of [UNK]."""
+    data = Path(folder) / "rows.tsv"
+    data.write_text("the film is good\nbad\nvery long and bad\nshort\n")
+    assert main(["audit", folder, "--data", str(data)]) == 2
+    error = capsys.readouterr().err
+    assert "knows no word of row 1 of" in error
+    assert "leave --data out" in error
+
+
+def _config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def _weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    "config": (
+        lambda f: (f / "config.json").write_text("{"),
+        [],
+        "cannot be loaded by transformers",
+    ),
+    "family": (
+        lambda f: _config(f, model_type="gpt2"),
+        [],
+        "none of its weights would be read",
+    ),
+    "class": (
+        lambda f: _config(f, architectures=["Nonsense"]),
+        [],
+        "was saved from Nonsense, which",
+    ),
+    "shapes": (
+        lambda f: _config(f, intermediate_size=21),
+        [],
+        "is (20,), wanted (21,)",
+    ),
+    "layers": (
+        lambda f: _config(f, num_hidden_layers=3),
+        [],
+        "and 10 more: a BertForMaskedLM of it would be random there",
+    ),
+    "cut": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99), [], "SafetensorError"),
+    "nan": (
+        lambda f: _weights(f, lambda w: {k: v * float("nan") for k, v in w.items()}),
+        [],
+        "parameters with NaN or Inf: bert.",
+    ),
+    "names": (
+        lambda f: _weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}),
+        [],
+        "a BertForMaskedLM of it would be random there",
+    ),
+    "mode": (lambda f: None, ["--modes", "hook"], "got modes ['hook'], wanted some of: hooks"),
+    "norm": (
+        lambda f: None,
+        ["--max-grad-norm", "abc"],
+        "--max-grad-norm got 'abc', wanted a number",
+    ),
+    "task": (lambda f: None, ["--task", "singing"], "does not know task 'singing'"),
+    "data": (lambda f: None, ["--data", "/nowhere"], "/nowhere cannot be read: FileNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_broken_ends_in_one_line(
+    what: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And in JSON, where that was asked for."""
+    broken, options, says = BAD[what]
+    broken(Path(folder))
+    capsys.readouterr()
+    assert main(["audit", folder, *options, "--json"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("dpzoo: ")
+    assert says in line
+    assert json.loads(captured.out) == {"ok": False, "error": line.removeprefix("dpzoo: ")}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dpzoo.auditing import audit_loop
 from dpzoo.errors import InputError
-from tests.auditing.loops import PLANTED_LOOPS, Loop, PlantedLoop
+from tests.auditing.loops import CLEAN_LOOPS, PLANTED_LOOPS, Loop, PlantedLoop
 
 
 @pytest.mark.parametrize("planted", PLANTED_LOOPS, ids=lambda planted: planted.name)
@@ -37,7 +37,50 @@ def test_a_right_loop_passes(mode: str, wrap: bool) -> None:
     else:
         report = audit_loop(*loop.objects(), step=loop.step)
     assert not report.findings, str(report)
-    assert [r.name for r in report] == ["loop lint", "freshness", "noise", "loop steps"]
+    assert [r.name for r in report] == [
+        "loop lint",
+        "freshness",
+        "noise",
+        "loop trials",
+        "loop steps",
+    ]
+    assert not any(result.skipped for result in report), str(report)
+
+
+@pytest.mark.parametrize("name", CLEAN_LOOPS)
+def test_a_clean_loop_passes(name: str) -> None:
+    loop, options = CLEAN_LOOPS[name]()
+    report = audit_loop(*loop.objects(), **options)
+    assert not report.findings, str(report)
+    skipped = [result.skipped for result in report if result.skipped]
+    assert len(skipped) == (name == "a collator that draws for each row")
+    assert all(text.startswith("random: collator or body draw from Python's") for text in skipped)
+    assert report["loop trials"].largest.get("C", 1.0) <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
+def test_a_loop_of_physical_batches_passes(mode: str) -> None:
+    loop = Loop(mode, max_grad_norm=20.0)
+    with BatchMemoryManager(
+        data_loader=loop.loader, max_physical_batch_size=2, optimizer=loop.optimizer
+    ) as parts:
+        report = audit_loop(loop.model, loop.optimizer, parts, loop.engine, step=loop.step)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("most", [None, 2])
+def test_a_loop_of_units_passes(most: int | None) -> None:
+    """A trial's draw is of units: all rows of one are taken out."""
+    loop = Loop(
+        "bk",
+        max_grad_norm=20.0,
+        unit_ids=[row // 3 for row in range(30)] + [*range(30, 40)],
+        max_rows_per_unit=most,
+    )
+    report = audit_loop(*loop.objects(), step=loop.step)
+    assert report.ok, str(report)
+    assert not any(result.skipped for result in report)
+    assert report["loop trials"].largest["C"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_memory_manager_that_ran_to_its_end_passes() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import dpzoo
 from dpzoo.auditing import CHECKS, AuditFailedError, AuditReport, CheckResult, Finding, audit
 from dpzoo.auditing.batches import Batch, prepared
+from dpzoo.auditing.report import SEVERITIES
 from dpzoo.errors import InputError
 from tests.auditing.planted import HIDDEN, Flattening, Positions, floats, ids
 
@@ -48,7 +49,7 @@ def test_the_table_names_checks_and_findings(
     if not rich:
         monkeypatch.setitem(sys.modules, "rich.console", None)
     text = str(positions)
-    assert text.startswith("audit of Positions: FAILED, 4 rows, modes hooks, ghost, float64")
+    assert text.startswith("audit of Positions: FAILED, 4 rows, modes hooks, ghost, bk, float64")
     assert ("━" in text) == rich
     for name in CHECKS:
         assert name in text
@@ -73,10 +74,28 @@ def test_raise_if_failed(positions: AuditReport) -> None:
     ) as raised:
         positions.raise_if_failed()
     assert raised.value.report is positions
-    positions.raise_if_failed(severities=("utility",))
     note = CheckResult("x", "", [Finding("x", "note", "n")])
     AuditReport("M", results=[note]).raise_if_failed()
     assert note.status == "passed"
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_there_is_one_verdict(severity: str) -> None:
+    """What `ok` says, what raises and what is called failed; the command exits by the same."""
+    result = CheckResult("x", "", [Finding("x", severity, "wrong", "mend it")])  # type: ignore[arg-type]
+    report = AuditReport("M", results=[result])
+    assert report.ok == (severity == "note") == (not report.failures)
+    assert str(report).startswith(f"audit of M: {'ok' if report.ok else 'FAILED'}")
+    if not report.ok:
+        with pytest.raises(AuditFailedError, match=f"- x, {severity}: wrong mend it"):
+            report.raise_if_failed()
+
+
+def test_an_audit_in_which_nothing_ran_proves_nothing() -> None:
+    report = audit(nn.Linear(7, 5), (floats(4, 7),), checks=["freshness"], modes=["hooks"])
+    assert not report.ok
+    with pytest.raises(AuditFailedError, match="Linear proved nothing: no check could run"):
+        report.raise_if_failed()
 
 
 def test_audit_is_a_function_and_the_package_is_called_auditing() -> None:

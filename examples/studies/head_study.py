@@ -1,6 +1,6 @@
 """Accuracy of a private head on a frozen encoder, at several epsilons and seeds, features read once.
 
-    python examples/head_study.py --data sst2/train.tsv --eval sst2/dev.tsv --out study --epsilons 1,3,8
+    PYTHONPATH=examples python examples/studies/head_study.py --data sst2/train.tsv --eval sst2/dev.tsv --out study --epsilons 1,3,8
 
 Each figure is what `dpzoo train FILE --train head --epsilon E` gives: the same features, the same training.
 Published beside each other, the runs' epsilons add up: this is for measuring, on data that are public.
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from training import load_tokenizer
+from support.training import load_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from dpzoo.heads import pool_by_mean, read_features, train_head
