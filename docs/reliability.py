@@ -24,13 +24,15 @@ PAGE = """\
 # What happens when something is wrong
 
 The tests hand the package odd arguments, damaged checkpoints, configs and ledgers, and stop it in the
-middle of its writes. Each case has to end in one of three ways; anything else fails the test:
+middle of its writes. Each case has to end in one of four ways; anything else fails the test:
 
 - **clear error**: an error of dpzoo's own, which names the thing, the value got and the value wanted. In
   the commands it is one line and exit status 2 (1 where `convert` compared and found a difference), with
   `--json` an object `{{"ok": false, ...}}`.
 - **as stock**: accepted, with the value that stock transformers has; of a private step, the value of the
   rows alone.
+- **more than stock**: accepted where stock transformers fails, as the docstring says (position ids with a
+  dimension of size 1 too many, say).
 - **whole**: the old file, folder or account or the new one, and nothing else left.
 
 {table}

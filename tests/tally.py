@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-CLEAR, AS_STOCK, WHOLE = "clear error", "as stock", "whole"
-OUTCOMES = (CLEAR, AS_STOCK, WHOLE)
+CLEAR, AS_STOCK, MORE, WHOLE = "clear error", "as stock", "more than stock", "whole"
+OUTCOMES = (CLEAR, AS_STOCK, MORE, WHOLE)
 
 TALLY: Counter[tuple[str, str]] = Counter()
 """(kind of case, outcome) -> cases. A case with another outcome fails its test."""

@@ -25,6 +25,7 @@ from dpzoo.conversion import to_transformers
 from dpzoo.errors import DpzooError, InputError, UnsupportedModelError
 from dpzoo.example_batch import ROWS
 from dpzoo.models.base import PerSampleModel
+from dpzoo.models.fields import read_fields
 from dpzoo.modes import MODES
 from dpzoo.registry import FAMILIES, class_by_name, list_models
 
@@ -170,6 +171,9 @@ def _load(name: str, task: str | None) -> Any:
         UnsupportedModelError: neither the task nor the checkpoint says what class it is.
     """
     with reading(name) as where:
+        fields = read_fields(name, **where)  # refuses sizes that no model has
+        if fields.get("model_type") is None:
+            raise InputError(f"{name} cannot be loaded: its config.json has no model_type.")
         config = AutoConfig.from_pretrained(name, **where)
     if _is_ours(config, task):
         model: Any = load(name, task)

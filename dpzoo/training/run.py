@@ -29,6 +29,7 @@ from transformers import (
 from dpzoo import heads
 from dpzoo.accounting import epsilon_of
 from dpzoo.errors import InputError
+from dpzoo.files import write_text
 from dpzoo.integrations import DPTrainer, Plan, PrivacyArguments, PrivacyCard, StatisticsCallback
 from dpzoo.integrations.accounting import noise_for
 from dpzoo.integrations.inputs import per_sample
@@ -499,7 +500,7 @@ class _Gradients:
         job.work.mkdir(parents=True, exist_ok=True)
         path = job.work / RECIPE_NAME
         kept = {"recipe": asdict(self._kept()), "by_hand": job.by_hand}
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(kept, indent=1) + "\n")
         self.trainer = self._trainer(job.work)
         self.before = None if job.task.label else self.trainer.evaluate()["eval_loss"]
         going_on = resume and any(job.work.glob("checkpoint-*"))
