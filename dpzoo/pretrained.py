@@ -10,20 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.models.base import PerSampleModel
+from dpzoo.models.fields import CONFIG_ARGUMENTS, read_fields, refuse_sizes
 from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class
-
-CONFIG_ARGUMENTS = (
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-"""Arguments that say where a checkpoint lies; they are needed to find its config too."""
 
 
 def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -> PerSampleModel:
@@ -46,13 +34,15 @@ def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -
 
     Raises:
         UnsupportedModelError: a family, task or saved class that dpzoo does not have.
-        UnsupportedConfigError: a config field that the class cannot honour.
+        UnsupportedConfigError: a config field that the class cannot honour, or a size that no model has.
         OSError: transformers cannot find or read the checkpoint.
     """
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
-        config = AutoConfig.from_pretrained(name_or_path if config is None else config, **where)
+        place = name_or_path if config is None else config
+        read_fields(place, **where)
+        config = AutoConfig.from_pretrained(place, **where)
     return _class_for(config, task, str(name_or_path)).from_pretrained(name_or_path, **kwargs)
 
 
@@ -76,6 +66,7 @@ def from_config(
     build = {key: kwargs.pop(key) for key in ("dtype", "attn_implementation") if key in kwargs}
     if not isinstance(config, PreTrainedConfig):
         name = str(config)
+        refuse_sizes(name, {**read_fields(config, **kwargs), **kwargs})
         config = AutoConfig.from_pretrained(config, **kwargs)
     elif kwargs:
         raise UnsupportedModelError(
@@ -87,12 +78,17 @@ def from_config(
     return _class_for(config, task, name)._from_config(config, **build)
 
 
-def _class_for(config: PreTrainedConfig, task: str | None, name: str) -> type[PerSampleModel]:
-    family = config.model_type
+def refuse_unknown_family(family: Any, name: str) -> None:
+    """Raise `UnsupportedModelError` for what is none of the zoo's families."""
     if family not in FAMILIES:
         raise UnsupportedModelError(
             f"{name} is of the family {family!r}. Wanted one of: {', '.join(FAMILIES)}."
         )
+
+
+def _class_for(config: PreTrainedConfig, task: str | None, name: str) -> type[PerSampleModel]:
+    family = config.model_type
+    refuse_unknown_family(family, name)
     if task is not None:
         return model_class(family, task)
     saved_as = (config.architectures or [None])[0]

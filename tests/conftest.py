@@ -28,7 +28,8 @@ hypothesis.settings.register_profile(
     derandomize=True,  # a run says the same thing twice
     database=None,
 )
-hypothesis.settings.load_profile("dpzoo")
+hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fuzz" if "DPZOO_FUZZ" in os.environ else "dpzoo")
 
 LOOPBACK = ("127.", "::1", "localhost")
 

@@ -14,15 +14,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "example_batch", "factors", "modes", "opacus_internals", "versions"),
-    ("data", "layers", "ledger", "losses"),
+    (
+        "errors",
+        "example_batch",
+        "factors",
+        "files",
+        "modes",
+        "opacus_internals",
+        "versions",
+    ),
+    ("shapes",),
+    ("accounting", "data", "layers", "ledger", "losses"),
     ("clipping", "grad_samplers", "transfer"),
     ("heads", "models"),
     ("registry",),
     ("catalogue", "conversion", "pretrained"),
-    ("families",),
+    ("checkpoints", "families"),
     ("auditing", "bench", "integrations", "parity"),
-    ("training",),
+    ("empirical", "training"),
     ("",),  # dpzoo/__init__.py
     ("cli",),
 )

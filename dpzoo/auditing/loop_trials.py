@@ -110,10 +110,13 @@ class Trials:
         before = self._state()
         kept = {name: vars(optimizer).get(name) for name in ("pre_step", "add_noise", "step_hook")}
         queue = {name: copy.copy(vars(optimizer).get(name)) for name in STEP_STATE}
+        draws = getattr(optimizer, "draws", None)
+        strict = getattr(draws, "strict", False)
         clips = [o for o in (optimizer, loop.wrapper) if clip and "max_grad_norm" in vars(o)]
         norms = [o.max_grad_norm for o in clips]
         self._clear()
         if hasattr(optimizer, "draws"):
+            optimizer.draws.strict = False  # ghost mode's criterion goes by it, wherever it is
             optimizer.draws = _Counted(loop.rows_of(draw)[1])
             optimizer.release = Release(NoiseSource())
         for owner in clips:
@@ -125,9 +128,9 @@ class Trials:
         for generator in self.generators:
             generator.manual_seed(seed)
         try:
-            with fixed_draws(seed) as draws:
+            with fixed_draws(seed) as random:
                 self.body(loop.collated(draw))
-            trial.drawn = (*numbers(), bool(draws.loose))
+            trial.drawn = (*numbers(), bool(random.loose))
         except Exception as error:
             trial.error = first_line(error)
         finally:
@@ -138,6 +141,8 @@ class Trials:
             self._put_back(before)
             self._clear()
             vars(optimizer).update(queue)
+            if draws is not None:
+                optimizer.draws, draws.strict = draws, strict
             for name, value in kept.items():
                 vars(optimizer).pop(name, None)
                 if value is not None:
@@ -152,9 +157,12 @@ class Trials:
     def _pre_step(self, trial: Trial, original: Any) -> Any:
         def pre_step(*args: Any, **kwargs: Any) -> Any:
             rows = self._rows()
+            stepped = original(*args, **kwargs)
+            draws = getattr(self.optimizer, "draws", None)
+            if isinstance(draws, _Counted) and draws.rows:  # some count in the step itself
+                rows, draws.rows = draws.rows, 0
             if rows is not None:
                 trial.rows = (trial.rows or 0) + rows
-            stepped = original(*args, **kwargs)
             if stepped:
                 trial.steps += 1
                 for p in self.optimizer.params:
@@ -194,11 +202,7 @@ class Trials:
         return add_noise
 
     def _rows(self) -> int | None:
-        """Rows of the coming step."""
-        draws = getattr(self.optimizer, "draws", None)
-        if isinstance(draws, _Counted):
-            rows, draws.rows = draws.rows, 0
-            return rows
+        """Rows of the coming step, by what a backward pass of Opacus' has left."""
         for p in self.optimizer.params:
             ghost = self.loop.mode == "ghost"
             sample = norms_of(p) if ghost else getattr(p, "grad_sample", None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpzoo.bench.workload import BASELINE, SETTINGS, Workload
 from dpzoo.errors import InputError
+from dpzoo.files import whole_file
 
 TITLES = {
     "gradient": "gradient half",
@@ -75,14 +76,17 @@ class BenchReport:
         reasons = {m.mode: m.error for m in self.measurements if m.error is not None}
         return [f"{mode} cannot run: {error}" for mode, error in reasons.items()]
 
-    def to_json(self) -> str:
-        """Everything measured, as JSON."""
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        """Everything measured, as plain data."""
+        return {
             "versions": self.versions,
             "every": self.every,
             "measurements": [asdict(m) for m in self.measurements],
         }
-        return json.dumps(data, indent=2)
+
+    def to_json(self) -> str:
+        """Everything measured, as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> BenchReport:
@@ -98,33 +102,21 @@ class BenchReport:
         """Draw how the ratios grow with seq and with batch, into a .png, .svg or .pdf file.
 
         Raises:
-            InputError: matplotlib is missing, or no two workloads differ in seq alone or batch alone.
+            InputError: as `refuse_plot`.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InputError("A plot needs matplotlib: pip install 'dpzoo[bench]'.") from error
-        sweeps = [(axis, at) for axis in ("seq", "batch") for at in self._sweeps(axis)]
-        if not sweeps:
-            raise InputError(
-                "There is nothing to plot: wanted at least two workloads that differ in seq alone or "
-                "in batch alone, as --batch 8 --seq 32,64,128 gives."
-            )
+        refuse_plot(path, [m.workload for m in self.measurements])
+        from matplotlib.figure import Figure
+
+        workloads = [m.workload for m in self.measurements]
+        sweeps = [(axis, at) for axis in ("seq", "batch") for at in _sweeps(workloads, axis)]
         figure = Figure(figsize=(4.2 * len(sweeps), 6.4), layout="constrained")
         axes = figure.subplots(2, len(sweeps), squeeze=False, sharey="row")
         for column, (axis, fixed) in enumerate(sweeps):
             self._draw(axes[:, column], axis, fixed)
         for row in axes:  # which share their scale, so not before all is drawn
             row[0].set_ylim(bottom=0)
-        figure.savefig(path, dpi=130)
-
-    def _sweeps(self, axis: str) -> list[int]:
-        """The values of the other axis at which this one takes several values."""
-        other = "batch" if axis == "seq" else "seq"
-        seen: dict[int, set[int]] = {}
-        for m in self.measurements:
-            seen.setdefault(getattr(m.workload, other), set()).add(getattr(m.workload, axis))
-        return [at for at, values in seen.items() if len(values) > 1]
+        with whole_file(path) as part:
+            figure.savefig(part, dpi=130)
 
     def _draw(self, axes: Any, axis: str, fixed: int) -> None:
         other = "batch" if axis == "seq" else "seq"
@@ -162,6 +154,38 @@ def _cell(m: Measurement, key: str) -> str:
         assert m.peak_bytes is not None  # it has a ratio
         return f"{m.ratios[key]:.2f} ({m.peak_bytes / 2**20:,.0f} MiB)"
     return f"{m.ratios[key]:.2f} ({m.seconds[key] * 1000:,.0f} ms)"
+
+
+def refuse_plot(path: str | Path, workloads: Sequence[Workload]) -> None:
+    """Refuse what `BenchReport.plot` cannot draw, before it is measured.
+
+    Raises:
+        InputError: matplotlib is missing, it has no such format, there is no such folder, or no two
+            workloads differ in seq alone or batch alone.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("A plot needs matplotlib: pip install 'dpzoo[bench]'.") from error
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:] not in known:
+        raise InputError(f"A plot got {path}, wanted a file of: {', '.join(sorted(known))}.")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"A plot got {path}, and {Path(path).parent} is no folder. Create it.")
+    if not any(_sweeps(workloads, axis) for axis in ("seq", "batch")):
+        raise InputError(
+            "There is nothing to plot: wanted at least two workloads that differ in seq alone or "
+            "in batch alone, as --batch 8 --seq 32,64,128 gives."
+        )
+
+
+def _sweeps(workloads: Sequence[Workload], axis: str) -> list[int]:
+    """The values of the other axis at which this one takes several values."""
+    other = "batch" if axis == "seq" else "seq"
+    seen: dict[int, set[int]] = {}
+    for one in workloads:
+        seen.setdefault(getattr(one, other), set()).add(getattr(one, axis))
+    return [at for at, values in seen.items() if len(values) > 1]
 
 
 def check_settings(settings: Sequence[str]) -> None:

@@ -5,11 +5,17 @@ Each command is a module with ``add_parser(commands)``, which describes it and s
 """
 
 import argparse
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
+from dpzoo.cli.output import print_json
 from dpzoo.errors import DpzooError
 from dpzoo.versions import __version__
 
@@ -27,11 +33,12 @@ exit status:
   0  fine
   1  a check failed: the model, the checkpoint or the figures are not as they should be
   2  the command could not run: its arguments, a missing file, a class that dpzoo does not have
-  130  interrupted
+  130  interrupted; 143 and 129: ended by SIGTERM, SIGHUP
 
 what goes where:
   results go to standard output, as tables on a terminal and as plain aligned text elsewhere, or as JSON
-  with --json; progress and complaints go to standard error. Tables and progress bars want rich
+  with --json, {"ok": false, "error": ...} where the command could not run; progress and complaints go to
+  standard error. Tables and progress bars want rich
   (pip install 'dpzoo[cli]'); without it they are plain text too.
 
 examples:
@@ -43,6 +50,10 @@ examples:
 """
 
 
+class Ended(BaseException):
+    """A signal that asks the program to end; what it was writing is cleaned up on the way out."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -50,26 +61,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0 if all is well, 1 where a check failed, 2 where the command could not run.
+        The exit status: 0 if all is well, 1 where a check failed, 2 where the command could not run, and
+        128 and the signal's number where one ended it. With --json there is an object on standard output
+        in any case: ``{"ok": false, "error": ...}`` where the command could not run.
 
     Raises:
         SystemExit: with status 2 on arguments that do not parse, with 0 after --help and --version.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    options = parser(words).parse_args(words)
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a locale without our characters
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-        return status
+        with _signals():
+            options = parser(words).parse_args(words)
+            status: int = options.run(options)
+            sys.stdout.flush()
+            return status
+    except SystemExit as stop:
+        if stop.code == 2:
+            _fail("its arguments do not parse; see standard error", words, said=True)
+        raise
     except BrokenPipeError:  # the reader went away, as head does: there is nobody to complain to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
-    except KeyboardInterrupt:
-        sys.stderr.write("dpzoo: interrupted\n")
-        return 130
+    except (KeyboardInterrupt, Ended) as stop:
+        number = stop.args[0] if isinstance(stop, Ended) else signal.SIGINT
+        ended = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        return _fail(ended, words, 128 + number)
     except (DpzooError, OSError) as error:
-        sys.stderr.write(f"dpzoo: {error}\n")
-        return 2
+        return _fail(str(error), words)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__}, which is an error in dpzoo: please report it", words)
+
+
+def _fail(text: str, words: Sequence[str], status: int = 2, *, said: bool = False) -> int:
+    """Say why there is no result, and return the status."""
+    try:
+        if "--json" in words:
+            print_json({"ok": False, "error": text})
+        sys.stdout.flush()
+    except OSError:  # standard output is full or gone
+        _drop_output()
+    if not said:
+        sys.stderr.write(f"dpzoo: {text}\n")
+    return status
+
+
+def _drop_output() -> None:
+    """Let Python have nowhere to fail when it flushes standard output at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Have the signals that end a program raise, so that nothing half-written stays behind."""
+
+    def end(number: int, frame: object) -> None:
+        raise Ended(signal.Signals(number))
+
+    handlers = {
+        getattr(signal, name): handler
+        for name, handler in (
+            ("SIGINT", signal.default_int_handler),
+            ("SIGTERM", end),
+            ("SIGHUP", end),
+        )
+        if hasattr(signal, name)
+    }
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:

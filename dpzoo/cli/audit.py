@@ -4,7 +4,6 @@ The audit itself knows no family; what a class takes as a batch is known by its 
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from dpzoo.auditing import CHECKS, audit
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.own_batch import batch_of
 from dpzoo.auditing.run import QUICK, chosen
-from dpzoo.cli.output import progress
+from dpzoo.checkpoints import load, load_class, reading
+from dpzoo.cli.output import print_json, progress
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import DpzooError, InputError, UnsupportedModelError
 from dpzoo.example_batch import ROWS
 from dpzoo.models.base import PerSampleModel
 from dpzoo.modes import MODES
-from dpzoo.pretrained import from_pretrained
 from dpzoo.registry import FAMILIES, class_by_name, list_models
 
 LONGEST = 32
@@ -107,16 +105,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Audit and print the report; 0 if it is ok, 1 if not. With --json, an error is JSON, too."""
-    try:
-        return _run(options)
-    except (DpzooError, OSError) as error:
-        if options.json:
-            sys.stdout.write(json.dumps({"ok": False, "error": str(error)}) + "\n")
-        raise
-
-
-def _run(options: argparse.Namespace) -> int:
+    """Audit and print the report; 0 if it is ok, 1 if not."""
     # What is wrong with the options is said before anything is loaded.
     modes = options.modes.split(",") if options.modes is not None else None
     checks = options.checks.split(",") if options.checks is not None else None
@@ -125,8 +114,7 @@ def _run(options: argparse.Namespace) -> int:
     texts = _texts(options)
     with progress() as say:
         say("loading")
-        with _quiet(), _named(options.model):
-            model = _load(options.model, options.task)
+        model = _load(options.model, options.task)
         ours = isinstance(model, PerSampleModel)
         if modes is None and not ours:
             modes = ["bk"]
@@ -143,7 +131,10 @@ def _run(options: argparse.Namespace) -> int:
             quick=options.quick,
             progress=say,
         )
-    sys.stdout.write((report.to_json() if options.json else str(report)) + "\n")
+    if options.json:
+        print_json(report.to_dict())
+    else:
+        sys.stdout.write(f"{report}\n")
     return int(not report.ok)
 
 
@@ -161,24 +152,7 @@ def _number(text: str, name: str) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and reports of transformers' own: what is wrong is said here."""
-    level, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _named(source: str, what: str = "cannot be loaded by transformers") -> Iterator[None]:
+def _named(source: str, what: str) -> Iterator[None]:
     """Whatever files from elsewhere provoke becomes one line that names them."""
     try:
         yield
@@ -195,36 +169,24 @@ def _load(name: str, task: str | None) -> Any:
         InputError: parameters are of other shapes than the config's, not finite, or missing below the head.
         UnsupportedModelError: neither the task nor the checkpoint says what class it is.
     """
-    config = AutoConfig.from_pretrained(name)
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with reading(name) as where:
+        config = AutoConfig.from_pretrained(name, **where)
     if _is_ours(config, task):
-        model, report = from_pretrained(name, task=task, **options)
+        model: Any = load(name, task)
     else:
-        model, report = _stock(config, name, task).from_pretrained(name, **options)
-    if type(model.config) is not type(config):
-        raise InputError(
-            f"{name} is of the family {config.model_type!r}, and was saved from {type(model).__name__}. "
-            f"Wanted a config.json of one family."
+        model, report = load_class(_stock(config, name, task), name, config)
+        prefix = f"{model.base_model_prefix}."
+        has_head = any(key.startswith(prefix) for key in model.state_dict())
+        lost = sorted(
+            key
+            for key in report["missing_keys"]
+            if (key.startswith(prefix) or not has_head) and "pooler" not in key
         )
-    mismatched = sorted(report["mismatched_keys"])
-    if mismatched:
-        key, got, wanted = mismatched[0]
-        raise InputError(
-            f"{name} has {len(mismatched)} parameters of other shapes than its config says: {key} is "
-            f"{tuple(got)}, wanted {tuple(wanted)}. The config.json is that of other weights."
-        )
-    prefix = f"{model.base_model_prefix}."
-    has_head = any(key.startswith(prefix) for key in model.state_dict())
-    lost = sorted(
-        key
-        for key in report["missing_keys"]
-        if (key.startswith(prefix) or not has_head) and "pooler" not in key
-    )
-    if lost:
-        raise InputError(
-            f"{name} lacks {len(lost)} of {type(model).__name__}'s parameters below its head ({lost[0]}, "
-            f"...), which would be random. Wanted a whole checkpoint."
-        )
+        if lost:
+            raise InputError(
+                f"{name} lacks {len(lost)} of {type(model).__name__}'s parameters below its head "
+                f"({lost[0]}, ...), which would be random. Wanted a whole checkpoint."
+            )
     broken = [key for key, value in model.named_parameters() if not bool(value.isfinite().all())]
     if broken:
         raise InputError(
@@ -271,8 +233,8 @@ def _texts(options: argparse.Namespace) -> dict[str, torch.Tensor] | None:
     if len(lines) < ROWS:
         raise InputError(f"{options.data} has {len(lines)} rows, wanted at least {ROWS}.")
     cells = [line.split("\t") for line in lines[:ROWS]]
-    with _quiet(), _named(options.model, "has no tokenizer that can be read"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    with reading(options.model) as where:
+        tokenizer: Any = AutoTokenizer.from_pretrained(options.model, **where)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         encoded = tokenizer(

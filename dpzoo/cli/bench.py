@@ -9,10 +9,12 @@ import torch
 
 from dpzoo.bench import BASELINE, MODES, SETTINGS, Workload, bench
 from dpzoo.bench.profiling import profile
+from dpzoo.bench.report import refuse_plot
 from dpzoo.bench.runner import pieces
 from dpzoo.bench.workload import DTYPES, OPTIMIZERS, PRESETS
-from dpzoo.cli.output import print_table, progress
+from dpzoo.cli.output import print_json, print_table, progress
 from dpzoo.errors import InputError
+from dpzoo.files import write_text
 
 EPILOG = f"""\
 presets (random weights; nothing is downloaded):
@@ -78,8 +80,9 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure; returns the exit status."""
     if options.threads is not None:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(_number(str(options.threads), "--threads"))
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_device(device)
     modes = [mode for mode in options.modes.split(",") if mode]
     workloads = [
         Workload(
@@ -101,6 +104,10 @@ def run(options: argparse.Namespace) -> int:
         "steps": options.steps,
         "warmup": options.warmup,
     }
+    if options.plot:
+        refuse_plot(options.plot, workloads)
+    if options.profile and not options.profile.parent.is_dir():
+        raise InputError(f"--profile got {options.profile}, and its folder is none. Create it.")
     total = pieces(len(workloads), len({BASELINE, *modes}), len(settings), **effort)
     with progress(total) as say:
         report = bench(
@@ -109,9 +116,9 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         report.plot(options.plot)
     if options.profile:
-        options.profile.write_text(profile(workloads[0], [BASELINE, *modes]), encoding="utf-8")
+        write_text(options.profile, profile(workloads[0], [BASELINE, *modes]))
     if options.json:
-        sys.stdout.write(report.to_json() + "\n")
+        print_json(report.to_dict())
     else:
         heading, *rows = report.rows()
         print_table(heading, rows)
@@ -135,6 +142,23 @@ def shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
     batches = [_number(text, "--batch") for text in options.batch.split(",")]
     lengths = [_number(text, "--seq") for text in options.seq.split(",")]
     return [(batch, seq) for batch in batches for seq in lengths]
+
+
+def refuse_device(name: str) -> None:
+    """Refuse a device that is none, or that this machine does not have.
+
+    Raises:
+        InputError: names it.
+    """
+    try:
+        torch.empty(0, device=name)
+        reason = "a device without numbers" if torch.device(name).type == "meta" else None
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise InputError(
+            f"--device got {name!r} ({reason}), wanted one that is there: cpu, cuda, ..."
+        )
 
 
 def _number(text: str, name: str) -> int:

@@ -1,12 +1,8 @@
 """``dpzoo convert``: any checkpoint of the four families to a verified stock safetensors one."""
 
 import argparse
-import json
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +11,10 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-from dpzoo.cli.output import Say, print_table, progress
+from dpzoo.checkpoints import reading, some
+from dpzoo.cli.output import Say, print_json, print_table, progress
 from dpzoo.errors import InputError
+from dpzoo.files import whole_folder
 from dpzoo.parity import Parity, convert_checkpoint
 
 DTYPES = {
@@ -25,7 +23,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-MOST_NAMES = 6
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 """Files that the tokenizers of the four families are made of, one of which each has."""
 
@@ -42,10 +39,12 @@ Compared before OUT appears, and shown as a table:
                random tokens, in float64 (float32 beyond 400 million parameters)
   gradients    of every row's loss: the row alone in stock, the row in its batch in dpzoo
 That takes memory for three models and two gradients in that dtype: 40 bytes a parameter, 20 beyond 400
-million. OUT is written beside its place and renamed at the end: if a comparison fails there is no OUT.
+million. OUT is written beside its place and renamed at the end: if a comparison fails there is no OUT, and
+whenever it is stopped, what was there before is there still.
 
-Parameters that SRC lacks (a new head for --task) are random, from a fixed seed; they are listed, and so
-are the weights of SRC that the class does not have, which OUT does not have either.
+A new head for --task is random, from a fixed seed. SRC must have everything that the class has that it was
+saved from, with finite values; --fresh makes what it lacks random too. What is random is listed, and so are
+the weights of SRC that the class does not have, which OUT does not have either.
 
 exit status:
   0  OUT was written, and everything is equal
@@ -78,6 +77,9 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--dtype", choices=DTYPES, help="of the written weights; by default as stored"
     )
+    command.add_argument(
+        "--fresh", action="store_true", help="take a SRC that lacks parameters; OUT has random ones"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     command.add_argument("--json", action="store_true", help="print the figures as JSON")
     command.set_defaults(run=run)
@@ -91,18 +93,19 @@ def run(options: argparse.Namespace) -> int:
         DpzooError: SRC is nothing that dpzoo has.
     """
     refuse_target(options.source, options.target, options.overwrite)
-    with progress() as say, _beside(options.target) as folder:
+    with progress() as say, whole_folder(options.target) as folder:
         parity = convert_checkpoint(
             options.source,
             folder,
             task=options.task,
             family=options.family,
             dtype=DTYPES.get(options.dtype),
+            fresh=options.fresh,
             say=say,
         )
         tokenizer = _copy_tokenizer(options.source, folder, say) if parity.ok else None
-        if parity.ok:
-            _put(folder, options.target)
+        if not parity.ok:
+            shutil.rmtree(folder)
     written = str(options.target) if parity.ok else None
     if options.json:
         data = {
@@ -111,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
             "written": written,
             "tokenizer": tokenizer is None,
         }
-        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        print_json(data)
     else:
         print_parity(parity)
         sys.stdout.write(_verdict(parity, options.target, tokenizer))
@@ -143,12 +146,7 @@ def print_parity(parity: Parity) -> None:
         (parity.unused, "left out, because the class does not have them"),
     ):
         if names:
-            sys.stdout.write(f"{text}: {_some(names)}\n")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
+            sys.stdout.write(f"{text}: {some(names)}\n")
 
 
 def _verdict(parity: Parity, target: Path, tokenizer: str | None) -> str:
@@ -183,40 +181,24 @@ def refuse_target(source: str, target: Path, overwrite: bool) -> None:
         raise InputError(f"{target} is, or contains, the source {source}. Name another folder.")
 
 
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """An empty folder on the file system of ``target``, removed at the end if it is still there."""
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
-    ) as folder:
-        inner = Path(folder) / "checkpoint"
-        inner.mkdir()  # with ordinary permissions, which a temporary folder does not have
-        yield inner
-
-
-def _put(folder: Path, target: Path) -> None:
-    """Rename the finished folder to its place; an old one steps aside first."""
-    if target.exists():
-        aside = folder.parent / "old"
-        target.rename(aside)
-        folder.rename(target)
-        shutil.rmtree(aside)
-    else:
-        folder.rename(target)
-
-
 def _copy_tokenizer(source: str, folder: Path, say: Say) -> str | None:
     """Write the source's tokenizer beside the weights; the reason where there is none."""
     say("copying the tokenizer")
-    # transformers makes an empty tokenizer of a source that has none.
-    if not any(
-        cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        for name in VOCABULARIES
-    ):
-        return "the source has no vocabulary file"
+    with reading(source) as where:
+        # transformers makes an empty tokenizer of a source that has none.
+        found = (
+            cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
+            for name in VOCABULARIES
+        )
+        if not any(found):
+            return "the source has no vocabulary file"
     try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    except Exception as error:  # whatever its files provoke: the weights are right without it
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        with reading(source) as where:
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except InputError as error:  # whatever its files provoke: the weights are right without it
+        return str(error)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers' library has no kind of its own for a full disk
+        raise OSError(f"the tokenizer of {source} cannot be written: {error}") from error
     return None

@@ -2,13 +2,12 @@
 
 import argparse
 import difflib
-import json
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from dpzoo.catalogue import Checkpoint, catalogue, quirks
-from dpzoo.cli.output import fits, print_table
+from dpzoo.cli.output import fits, print_json, print_table
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.families.record import recorded, verdict
 from dpzoo.families.trial import MODES, Result
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     topics = [options.topic] if options.topic else ["tasks", "catalogue"]
     if options.json:
         data = {topic: _JSON[topic](options.family, options.task) for topic in topics}
-        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        print_json(data)
         return 0
     for i, topic in enumerate(topics):
         if i:

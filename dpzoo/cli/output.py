@@ -5,6 +5,8 @@ terminal; anything else is plain aligned text, which is what scripts and logs wa
 """
 
 import importlib.util
+import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,19 @@ def rich_on(stream: TextIO) -> bool:
 def fits(columns: int) -> bool:
     """Whether a table of this width is readable on standard output; a file takes any."""
     return not sys.stdout.isatty() or shutil.get_terminal_size().columns >= columns
+
+
+def print_json(data: Any) -> None:
+    """Print JSON to standard output, with null for numbers that it does not have (NaN, infinity)."""
+    sys.stdout.write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def print_table(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import opacus
@@ -37,6 +35,7 @@ from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
+from dpzoo.files import whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
 
@@ -315,19 +314,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ledger = release.watched_by(Ledger(f"{os.fspath(path)}.ledger"))
             state["head"] = ledger.head if ledger.path.exists() else None
             saved[RELEASE_STATE] = state
-        target = Path(path)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)  # its mode is 0600
-        try:
+        with whole_file(path, mode=0o600) as part:
             super().save_checkpoint(
-                path=aside, module=module, optimizer=optimizer, checkpoint_dict=saved, **kwargs
+                path=part, module=module, optimizer=optimizer, checkpoint_dict=saved, **kwargs
             )
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
 
     def load_checkpoint(
         self,

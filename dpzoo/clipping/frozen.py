@@ -79,7 +79,8 @@ class FrozenWatch:
     def _watched(self) -> dict[str, torch.Tensor]:
         watched = dict(self._model.named_buffers())
         watched.update(self._model.named_parameters())
-        return watched
+        # In mode "ew" a forward has ExpandedWeights in the place of parameters; they answer no question.
+        return {name: vars(tensor).get("orig_weight", tensor) for name, tensor in watched.items()}
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._depth += 1

@@ -13,6 +13,8 @@ import torch
 
 from dpzoo.errors import InputError
 
+Parameters = list[torch.Tensor]
+Squared = dict[torch.Tensor, torch.Tensor]
 Factors = dict[torch.Tensor | None, torch.Tensor]
 """Clip factors of the rows, (rows,), under None; or those of each parameter."""
 
@@ -29,24 +31,22 @@ class ClippingRule:
     one_process: ClassVar[bool] = False
     """Whether what it counts is of one process alone."""
 
-    def start(
-        self,
-        parameters: list[torch.Tensor],
-        max_grad_norm: Any,
-        noise_multiplier: float,
-        expected_batch_size: int | None,
-    ) -> float:
-        """Get ready for an optimizer; C, from what the user gave as ``max_grad_norm``.
+    def start(self, parameters: Parameters, clip: Any, sigma: float, expected: int | None) -> float:
+        """Get ready for an optimizer; C, from what the user gave.
+
+        Args:
+            parameters: the optimizer's.
+            clip: ``max_grad_norm``.
+            sigma: ``noise_multiplier``.
+            expected: rows of a batch.
 
         Raises:
             InputError: the rule cannot go with one of the arguments.
         """
-        norm: float = max_grad_norm
+        norm: float = clip
         return norm
 
-    def factors(
-        self, clip: float, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
-    ) -> Factors:
+    def factors(self, clip: float, squared: Squared, norms: torch.Tensor) -> Factors:
         """Clip factors of a backward pass's rows.
 
         Args:
@@ -86,9 +86,7 @@ class Flat(ClippingRule):
 
     name = "flat"
 
-    def factors(
-        self, clip: float, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
-    ) -> Factors:
+    def factors(self, clip: float, squared: Squared, norms: torch.Tensor) -> Factors:
         return {None: capped(clip, norms)}
 
 
@@ -99,9 +97,7 @@ class Automatic(ClippingRule):
     gamma: float = 0.01
     name = "automatic"
 
-    def factors(
-        self, clip: float, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
-    ) -> Factors:
+    def factors(self, clip: float, squared: Squared, norms: torch.Tensor) -> Factors:
         return {None: clip / (norms + self.gamma)}
 
 
@@ -110,26 +106,18 @@ class PerLayer(ClippingRule):
 
     name = "per_layer"
 
-    def start(
-        self,
-        parameters: list[torch.Tensor],
-        max_grad_norm: Any,
-        noise_multiplier: float,
-        expected_batch_size: int | None,
-    ) -> float:
-        if not isinstance(max_grad_norm, (list, tuple)) or len(max_grad_norm) != len(parameters):
+    def start(self, parameters: Parameters, clip: Any, sigma: float, expected: int | None) -> float:
+        if not isinstance(clip, (list, tuple)) or len(clip) != len(parameters):
             raise InputError(
-                f"clipping='per_layer' got max_grad_norm={max_grad_norm!r}, wanted a list of "
+                f"clipping='per_layer' got max_grad_norm={clip!r}, wanted a list of "
                 f"{len(parameters)} numbers, one for each parameter of the optimizer."
             )
-        norms = torch.tensor(max_grad_norm, dtype=torch.float64)
-        clip = float(norms.norm())
-        self._shares = dict(zip(parameters, (norms / clip).tolist(), strict=True))
-        return clip
+        norms = torch.tensor(clip, dtype=torch.float64)
+        total = float(norms.norm())
+        self._shares = dict(zip(parameters, (norms / total).tolist(), strict=True))
+        return total
 
-    def factors(
-        self, clip: float, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
-    ) -> Factors:
+    def factors(self, clip: float, squared: Squared, norms: torch.Tensor) -> Factors:
         return {p: capped(self._shares[p] * clip, values.sqrt()) for p, values in squared.items()}
 
 
@@ -172,36 +160,28 @@ class Adaptive(Flat):
     name = "adaptive"
     one_process = True
 
-    def start(
-        self,
-        parameters: list[torch.Tensor],
-        max_grad_norm: Any,
-        noise_multiplier: float,
-        expected_batch_size: int | None,
-    ) -> float:
+    def start(self, parameters: Parameters, clip: Any, sigma: float, expected: int | None) -> float:
         if not self.min_clipbound < self.max_clipbound:
             raise InputError(
                 f"clipping='adaptive' got min_clipbound={self.min_clipbound} and "
                 f"max_clipbound={self.max_clipbound}, wanted the first to be the smaller."
             )
-        if noise_multiplier >= 2 * self.unclipped_num_std:
+        if sigma >= 2 * self.unclipped_num_std:
             raise InputError(
-                f"clipping='adaptive' got noise_multiplier={noise_multiplier} and "
+                f"clipping='adaptive' got noise_multiplier={sigma} and "
                 f"unclipped_num_std={self.unclipped_num_std}, wanted less than twice the second: the count "
                 f"of rows that were not clipped would cost more than the whole step may. Raise "
                 f"unclipped_num_std (a tenth of the batch size is usual)."
             )
-        if not expected_batch_size:
+        if not expected:
             raise InputError(
                 "clipping='adaptive' got expected_batch_size=None, wanted the expected rows of a batch: "
                 "the share of rows that were not clipped is of it."
             )
         self.halves, self.count_std = 0.0, self.unclipped_num_std
-        return super().start(parameters, max_grad_norm, noise_multiplier, expected_batch_size)
+        return super().start(parameters, clip, sigma, expected)
 
-    def factors(
-        self, clip: float, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor
-    ) -> Factors:
+    def factors(self, clip: float, squared: Squared, norms: torch.Tensor) -> Factors:
         factors = super().factors(clip, squared, norms)
         self.halves += float((factors[None] >= 1).double().sum()) - len(norms) / 2
         return factors

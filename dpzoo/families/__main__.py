@@ -13,6 +13,7 @@ from dpzoo.families.record import markdown, write
 from dpzoo.families.sweep import sweep
 from dpzoo.families.tiny import AUTO_CLASSES, COINCIDING, Sizes, architectures
 from dpzoo.families.trial import Result
+from dpzoo.files import write_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
         given = " ".join(
             ["python -m dpzoo.families", *(words if words is not None else sys.argv[1:])]
         )
-        options.markdown.write_text(markdown(results, given), "utf-8")
+        write_text(options.markdown, markdown(results, given))
     return int(any(r.modes.get("bk", "").startswith("WRONG") for r in results))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dpzoo.families.tiny import AUTO_CLASSES
 from dpzoo.families.trial import EXACT, FLOAT32, MODES, Result
+from dpzoo.files import write_text
 
 PACKAGES = ("torch", "transformers", "opacus")
 
@@ -49,7 +50,7 @@ def write(path: Path, results: Sequence[Result]) -> None:
     """Write a record: an object with ``versions`` and ``results``, a line for each architecture."""
     lines = ",\n".join(json.dumps(_short(one), sort_keys=True) for one in results)
     versions = json.dumps({name: version(name) for name in PACKAGES})
-    path.write_text(f'{{"versions": {versions},\n"results": [\n{lines}\n]}}\n', "utf-8")
+    write_text(path, f'{{"versions": {versions},\n"results": [\n{lines}\n]}}\n')
 
 
 def _short(result: Result) -> dict[str, Any]:

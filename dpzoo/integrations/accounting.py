@@ -8,10 +8,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dpzoo.accounting import epsilon_of
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
 from dpzoo.integrations.state import LEDGER_NAME, History, PrivacyState
@@ -143,14 +143,3 @@ def noise_for(mechanism: str, epsilon: float, delta: float, rate: float, steps: 
             accountant=mechanism,
         )
     )
-
-
-# An accountant may take a second for its answer, and it is asked at every log and checkpoint.
-@functools.lru_cache(maxsize=1024)
-def epsilon_of(
-    mechanism: str, history: tuple[tuple[float, float, int], ...], delta: float
-) -> float:
-    """Epsilon of a history of (noise multiplier, sample rate, steps), by one of Opacus' accountants."""
-    accountant = create_accountant(mechanism)
-    accountant.history = list(history)
-    return max(0.0, float(accountant.get_epsilon(delta)))  # a bound may be below 0: much noise

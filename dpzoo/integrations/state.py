@@ -17,8 +17,8 @@ done again with anything different (other rows, another dropout, changed data) h
 paid for once more. Nothing has to be compared for that. Settings are compared all the same: a run whose
 settings change halfway is rarely meant.
 
-``privacy.json`` is written last, and has a digest of every other file: a checkpoint without it, or with a
-file that is not as it was, is not whole.
+``privacy.json`` is written last, and has a digest of itself and of every other file: a checkpoint without
+it, or with a file that is not as it was, is not whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,14 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpzoo.errors import InputError
+from dpzoo.files import is_part, whole_file, write_text
 
 log = logging.getLogger(__name__)
 
 STATE_NAME = "privacy.json"
 RANDOM_STATE_NAME = "privacy_random_state.pt"
 LEDGER_NAME = "privacy_ledger.jsonl"
-VERSION = 2
+VERSION = 3
 
 History = list[tuple[float, float, int]]
 """(noise multiplier, sample rate, steps), as Opacus' accountants keep it."""
@@ -77,7 +77,10 @@ class PrivacyState:
 
     def save(self, folder: str | Path) -> None:
         """Write ``privacy.json``, whole or not at all."""
-        _write(Path(folder) / STATE_NAME, {"version": VERSION, **asdict(self)})
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        fields = {"version": VERSION, **asdict(self)}
+        text = json.dumps({**fields, "digest": _digest(fields)}, indent=1, sort_keys=True)
+        write_text(Path(folder) / STATE_NAME, text + "\n")
 
     @classmethod
     def load(cls, checkpoint: str | Path) -> PrivacyState:
@@ -97,8 +100,11 @@ class PrivacyState:
                 )
         try:
             fields = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-            version = fields.pop("version")
-        except (ValueError, KeyError, AttributeError) as error:
+            version, digest = fields["version"], fields.pop("digest", None)
+            if version == VERSION and digest != _digest(fields):
+                raise ValueError("it does not have the digest of what it says")
+            del fields["version"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{folder / STATE_NAME} is damaged ({error!r}), so it is not known what has been spent. "
                 f"Resume from an earlier checkpoint."
@@ -141,14 +147,14 @@ class PrivacyState:
             )
 
 
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def save_random_state(state: dict[str, Any], folder: str | Path) -> None:
     """Write ``privacy_random_state.pt``, whole or not at all, readable by its owner only."""
-    path = Path(folder) / RANDOM_STATE_NAME
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        torch.save(state, file)
-    part.replace(path)
+    with whole_file(Path(folder) / RANDOM_STATE_NAME, mode=0o600) as part:
+        torch.save(state, part)
 
 
 def load_random_state(folder: str | Path) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def digests(folder: str | Path) -> dict[str, str]:
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != STATE_NAME:
+        if path.is_file() and name != STATE_NAME and not is_part(path):
             with path.open("rb") as file:
                 found[name] = (
                     hashlib.file_digest(file, "sha256").hexdigest()
@@ -193,10 +199,3 @@ def newest_whole(folder: str | Path) -> str | None:
             f"each was passed over. Give another output_dir to begin a new run."
         )
     return None
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)

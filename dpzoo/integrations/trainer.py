@@ -29,10 +29,11 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
+from dpzoo.accounting import epsilon_of
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.clipping.units import UnitRows
 from dpzoo.errors import InputError
-from dpzoo.integrations.accounting import Account, epsilon_of
+from dpzoo.integrations.accounting import Account
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
 from dpzoo.integrations.batches import (
     LogicalBatches,

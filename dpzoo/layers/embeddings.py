@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dpzoo.errors import InputError
 from dpzoo.opacus_internals import is_expanded
+from dpzoo.shapes import check
 
 
 class _Table(nn.Embedding):
@@ -71,7 +72,13 @@ class HoldsTables:
 
 
 def rows_of_ids(
-    ids: torch.Tensor, *, batch: int, num_choices: int, seq: int, name: str
+    ids: torch.Tensor,
+    *,
+    batch: int,
+    num_choices: int,
+    seq: int,
+    name: str,
+    table: nn.Module | None = None,
 ) -> torch.Tensor:
     """Bring ids to one row per sample.
 
@@ -84,13 +91,16 @@ def rows_of_ids(
         num_choices: sequences that one row holds (1 everywhere but in multiple choice).
         seq: length of one sequence.
         name: the argument's name, for the error message.
+        table: what they are looked up in.
 
     Returns:
         Ids of shape (batch, num_choices * seq), contiguous.
 
     Raises:
-        InputError: the shape is none of the above.
+        InputError: the shape is none of the above, the dtype is no whole number's, or the table does not
+            have an id.
     """
+    check(name, ids, high=getattr(table, "num_embeddings", None))
     if ids.ndim and ids.shape[-1] == 1:
         ids = ids.expand(*ids.shape[:-1], seq).contiguous()
     length, count = num_choices * seq, ids.numel()
@@ -104,6 +114,6 @@ def rows_of_ids(
     if num_choices > 1:
         wanted = f"(1, {seq}) or ({batch}, {num_choices}, {seq})"
     raise InputError(
-        f"{name} has shape {tuple(ids.shape)}, wanted {wanted}. "
+        f"{name} of shape {tuple(ids.shape)}, wanted {wanted}. "
         f"Pass one id per token, with the same batch and sequence length as the input."
     )

@@ -6,8 +6,11 @@ checkpoints are read and written in the stock layout.
 """
 
 import copy
+import os
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -20,6 +23,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
 from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.files import whole_folder
 from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
@@ -30,9 +34,25 @@ from dpzoo.models.fields import (
     HARMLESS_ARGUMENTS,
     REFUSED_ARGUMENTS,
     REFUSED_FIELDS,
+    refuse_checkpoint,
     refuse_fields,
 )
+from dpzoo.shapes import check
 from dpzoo.transfer import rebuild, refuse_adapters
+
+MASKS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+)
+"""Dtypes of an attention mask; what counts is whether an entry is 0."""
 
 
 class ForwardArguments(TypedDict, total=False):
@@ -170,8 +190,48 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
         return hidden.detach().requires_grad_() if needs and not hidden.requires_grad else hidden
 
     # --- checkpoints are stock ------------------------------------------------------------------
-    # Writing needs nothing here: state_dict() has stock names and layouts, so transformers' own
-    # save_pretrained and push_to_hub write a stock checkpoint.
+    # state_dict() has stock names and layouts, so transformers' own save_pretrained and push_to_hub
+    # write a stock checkpoint.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, written aside and renamed into its place.
+
+        Other files of the folder stay; weights of an earlier checkpoint do not.
+
+        Raises:
+            InputError: ``save_directory`` is a file.
+            OSError: it could not be written; the checkpoint that was there before stands.
+
+        Guarantees:
+            Whenever the process ends, the old checkpoint or the new one is there, whole (see
+            `dpzoo.files.whole_folder` for folders with subfolders).
+        """
+        place = Path(save_directory)
+        if place.is_file():
+            raise InputError(f"save_pretrained got {place}, a file; wanted a folder.")
+        saves = getattr(self, "should_save_on_this_rank", lambda main: main)(is_main_process)
+        settings = {"state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
+        if not saves or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(place, is_main_process, **settings)
+            return
+        if push_to_hub:
+            settings.setdefault("repo_id", place.name)
+        variant = kwargs.get("variant")
+        weights = re.escape(f"model.{variant}" if variant else "model")
+        old = re.compile(rf"{weights}(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        adapters = getattr(
+            self, "_hf_peft_config_loaded", False
+        )  # which are all that is written then
+        with whole_folder(place, keep=lambda name: adapters or not old.fullmatch(name)) as folder:
+            super().save_pretrained(folder, is_main_process, **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,8 +241,11 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
         `dpzoo.from_pretrained`.
 
         Raises:
+            UnsupportedModelError: the checkpoint is of another family.
+            UnsupportedConfigError: a config field that cannot be honoured, or a size that no model has.
             ConversionError: the class is a user's subclass with parameters of its own.
         """
+        refuse_checkpoint(cls, pretrained_model_name_or_path, **kwargs)
         loaded = stock_class(cls).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if kwargs.get("output_loading_info"):
             model, report = loaded
@@ -243,6 +306,8 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
             position_ids: (rows, seq); with no mask given, rows that restart are packed sequences.
         """
         rows = unfold_choices(hidden, num_choices)
+        if attention_mask is not None:
+            self._check_mask(attention_mask, rows, num_choices, cache)
         if attention_mask is not None and attention_mask.ndim == 3:
             attention_mask = attention_mask.reshape(rows.shape[0], attention_mask.shape[-1])
         config = self.config
@@ -254,6 +319,29 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
                 config, rows, attention_mask, cache, position_ids=position_ids
             )
         return create_bidirectional_mask(config, rows, attention_mask)
+
+    def _check_mask(
+        self, mask: torch.Tensor, rows: torch.Tensor, num_choices: int, cache: Any
+    ) -> None:
+        """Refuse a mask that does not belong to (batch * num_choices, seq, hidden) new tokens."""
+        count, seq = rows.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        static = getattr(cache, "is_compileable", False)  # it is as long as it was made
+        whole = "kv_len" if isinstance(past, torch.Tensor) or static else past + seq
+        shapes: list[tuple[int | str, ...]] = [(count, whole)]
+        rank = getattr(mask, "ndim", 0)
+        if num_choices > 1 or rank == 3:
+            shapes.append((count // num_choices, num_choices, whole))
+        if rank == 4:
+            shapes += [(n, "heads", seq, whole) for n in (1, count)]
+        check(
+            "attention_mask",
+            mask,
+            *shapes,
+            dtypes=MASKS,
+            of=f"{type(self).__name__}.forward()",
+            advice="It has an entry for each token, those in the cache included: nonzero for real ones.",
+        )
 
     def _finish(self, output: Any, losses: torch.Tensor | None) -> Any:
         """Attach the rows' losses, (batch,) or None, to an output; under Opacus, see `_keep_wide`.
@@ -396,17 +484,49 @@ def unfold_choices(hidden: torch.Tensor, num_choices: int) -> torch.Tensor:
 
 
 def one_input(
-    name: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    name: str,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    table: Any,
+    *,
+    choices: bool = False,
 ) -> torch.Tensor:
-    """Whichever of the two inputs is given.
+    """Whichever of the two inputs is given, checked.
+
+    Args:
+        name: the class, for the message.
+        input_ids: (batch, seq), or with ``choices`` (batch, num_choices, seq) too.
+        inputs_embeds: the same with a last dimension hidden.
+        table: the token embedding.
+        choices: whether there may be a dimension of choices.
 
     Raises:
-        InputError: both or neither are.
+        InputError: both or neither are given, or one of another type, dtype or shape, without a token, or
+            with ids that the table does not have.
     """
     if (input_ids is None) == (inputs_embeds is None):
         got = "both" if input_ids is not None else "neither"
         raise InputError(
             f"You must specify exactly one of input_ids or inputs_embeds; {name}.forward() got {got}."
+        )
+    shapes: list[tuple[int | str, ...]] = [("batch", "seq")]
+    if choices:
+        shapes.append(("batch", "num_choices", "seq"))
+    of = f"{name}.forward()"
+    if input_ids is not None:
+        size = getattr(table, "num_embeddings", None)
+        advice = "Do the tokenizer and the model belong together?"
+        check("input_ids", input_ids, *shapes, high=size, of=of, advice=advice)
+        tokens = input_ids.shape
+    else:
+        width = getattr(table, "embedding_dim", "hidden")
+        full = [(*shape, width) for shape in shapes]
+        check("inputs_embeds", inputs_embeds, *full, dtypes=None, of=of)
+        tokens = inputs_embeds.shape[:-1]  # type: ignore[union-attr]
+    if tokens[0] and not all(tokens):
+        raise InputError(
+            f"{of} got inputs of shape {tuple(tokens)}, wanted at least one token a sequence. Leave empty "
+            f"texts out, or give them a special token (add_special_tokens=True)."
         )
     return input_ids if input_ids is not None else inputs_embeds  # type: ignore[return-value]
 

@@ -40,7 +40,7 @@ from dpzoo.layers.attention import (
 from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import HoldsTables, PositionEmbedding, TokenEmbedding, rows_of_ids
 from dpzoo.layers.lm_head import LMHead, TiedBias
-from dpzoo.losses import batch_mean, token_losses
+from dpzoo.losses import batch_mean, class_losses, token_losses
 from dpzoo.models import heads
 from dpzoo.models.base import (
     ForwardArguments,
@@ -343,7 +343,8 @@ class BertModel(BertPreTrainedModel):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        given = one_input(name, input_ids, inputs_embeds)
+        tables = self.embeddings
+        given = one_input(name, input_ids, inputs_embeds, tables.word_embeddings)
         batch, seq = given.shape[0], given.shape[1] // num_choices
         config = self.config
         if config.is_decoder:
@@ -362,8 +363,12 @@ class BertModel(BertPreTrainedModel):
         if token_type_ids is None:
             token_type_ids = torch.zeros(1, seq, dtype=torch.long, device=given.device)
         shape = {"batch": batch, "num_choices": num_choices, "seq": seq}
-        position_ids = rows_of_ids(position_ids, name="position_ids", **shape)
-        token_type_ids = rows_of_ids(token_type_ids, name="token_type_ids", **shape)
+        position_ids = rows_of_ids(
+            position_ids, name="position_ids", table=tables.position_embeddings, **shape
+        )
+        token_type_ids = rows_of_ids(
+            token_type_ids, name="token_type_ids", table=tables.token_type_embeddings, **shape
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
 
@@ -501,7 +506,9 @@ class BertForPreTraining(_BertLM):
         losses = None
         if labels is not None and next_sentence_label is not None:
             losses = token_losses(prediction_logits, labels)
-            losses = losses + token_losses(relationship_logits, next_sentence_label.reshape(-1))
+            losses = losses + class_losses(
+                relationship_logits, next_sentence_label, "next_sentence_label"
+            )
         output = BertForPreTrainingOutput(
             loss=batch_mean(losses),
             prediction_logits=prediction_logits,
@@ -625,7 +632,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
             **kwargs,
         )
         logits = self.cls.seq_relationship(body.pooler_output)
-        losses = None if labels is None else token_losses(logits, labels.reshape(-1))
+        losses = None if labels is None else class_losses(logits, labels)
         output = NextSentencePredictorOutput(
             loss=batch_mean(losses),
             logits=logits,

@@ -285,13 +285,19 @@ class DistilBertModel(DistilBertPreTrainedModel):
         # BERT's tokenizers come with many checkpoints and send token types; there is no table of them.
         kwargs.pop("token_type_ids", None)
         refuse_arguments(name, kwargs)
-        given = one_input(name, input_ids, inputs_embeds)
+        tables = self.embeddings
+        given = one_input(name, input_ids, inputs_embeds, tables.word_embeddings)
         batch, seq = given.shape[0], given.shape[1] // num_choices
         if position_ids is None:
             refuse_too_long(name, seq, 0, self.config.max_position_embeddings)
             position_ids = torch.arange(seq, device=given.device).unsqueeze(0)
         position_ids = rows_of_ids(
-            position_ids, batch=batch, num_choices=num_choices, seq=seq, name="position_ids"
+            position_ids,
+            batch=batch,
+            num_choices=num_choices,
+            seq=seq,
+            name="position_ids",
+            table=tables.position_embeddings,
         )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)

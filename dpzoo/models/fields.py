@@ -16,16 +16,19 @@ is kept as it is otherwise.
 import functools
 import importlib
 import inspect
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from dpzoo.errors import UnsupportedConfigError
+from dpzoo.errors import UnsupportedConfigError, UnsupportedModelError
 
 _FULL_ATTENTION = "every layer attends to the whole sequence, over a cache of its own"
 _ONE_ROW = "a row of the batch is one sequence: packed ones would be several privacy units"
@@ -118,6 +121,160 @@ UNSET_OUTPUTS: Mapping[str, str] = MappingProxyType(
 """Output fields that are always None, and why."""
 
 
+SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), (0, 10_000)),
+        **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), (1, 100_000)),
+        **dict.fromkeys(
+            ("hidden_size", "dim", "n_embd", "intermediate_size", "hidden_dim", "n_inner"),
+            (1, 1_000_000),
+        ),
+        **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), (1, 100_000_000)),
+        "type_vocab_size": (0, 1_000_000),
+        "num_labels": (1, 10_000_000),
+    }
+)
+"""Config field -> the least and the largest size, far beyond what was ever trained."""
+
+
+def refuse_sizes(name: str, fields: Mapping[str, Any]) -> None:
+    """Raise for values that no model has, before anything of that size is made.
+
+    Args:
+        name: the class or the checkpoint, for the message.
+        fields: of a config, as in config.json; those that are not there are not looked at.
+
+    Raises:
+        UnsupportedConfigError: a size that is no whole number or out of `SIZES`, a rate of dropout out of 0
+            to 1, an eps or a standard deviation below 0, labels that are no mapping from numbers, classes
+            that are no names, or more parameters than this machine has memory for in 16 bits.
+    """
+    for field, wanted in _wrong_values(fields):
+        value = repr(fields[field])
+        value = value if len(value) < 80 else f"{value[:77]}..."
+        raise UnsupportedConfigError(
+            f"{name} has config.{field}={value}, wanted {wanted}. Set it to what the weights have."
+        )
+    width, layers, inner, *tables = (
+        next((fields[field] for field in names if fields.get(field)), 0)
+        for names in (
+            ("hidden_size", "dim", "n_embd"),
+            ("num_hidden_layers", "n_layer", "n_layers"),
+            ("intermediate_size", "hidden_dim", "n_inner"),
+            ("vocab_size",),
+            ("max_position_embeddings", "n_positions"),
+            ("type_vocab_size",),
+        )
+    )
+    count, memory = width * (sum(tables) + layers * (4 * width + 2 * inner)), _memory()
+    if 2 * count > memory and torch.empty(0).device.type != "meta":
+        raise UnsupportedConfigError(
+            f"{name} has a config of {count:.1e} parameters (width {width}, {layers} layers, tables of "
+            f"{', '.join(map(str, tables))} rows), wanted at most {memory / 2:.1e}, for which this machine "
+            f"has memory. Set what is wrong to what the weights have."
+        )
+
+
+CONFIG_ARGUMENTS = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Arguments that say where a checkpoint lies; they are needed to find its config too."""
+
+
+def read_fields(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
+    """A checkpoint's config.json, before a config is made of it.
+
+    Args:
+        name_or_path: hub id or folder.
+        **kwargs: `CONFIG_ARGUMENTS`; others are left alone.
+
+    Raises:
+        UnsupportedConfigError: as `refuse_sizes`.
+        OSError: transformers cannot find or read it.
+    """
+    where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
+    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(name_or_path, **where)[0]
+    refuse_sizes(str(name_or_path), fields)
+    return fields
+
+
+def refuse_checkpoint(cls: Any, name_or_path: Any, **kwargs: Any) -> None:
+    """Raise for a checkpoint that a class would not read, or could not, before it is tried.
+
+    Args:
+        cls: the class that is loaded.
+        name_or_path: hub id or folder.
+        **kwargs: of ``from_pretrained``.
+
+    Raises:
+        UnsupportedModelError: it is of another family.
+        UnsupportedConfigError: as `refuse_sizes`, for the checkpoint's config and for overrides of it.
+        OSError: as `read_fields`.
+    """
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        fields = {**vars(config), "model_type": config.model_type}
+    else:
+        fields = read_fields(name_or_path if config is None else config, **kwargs)
+    refuse_sizes(str(name_or_path), {**fields, **kwargs})
+    family = getattr(cls.config_class, "model_type", "")
+    if fields.get("model_type", family) != family:
+        raise UnsupportedModelError(
+            f"{cls.__name__} got {name_or_path}, which is of the family {fields['model_type']!r}, wanted "
+            f"{family!r}: none of its weights would be read. Use dpzoo.from_pretrained, which takes the "
+            f"class from the checkpoint."
+        )
+
+
+def _wrong_values(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, what is wanted)."""
+    for field, value in fields.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field in SIZES:
+            low, high = SIZES[field]
+            whole = isinstance(value, int) and number and low <= value <= high
+            if not whole and not (value is None and field in ("n_inner", "num_labels")):
+                yield field, f"a whole number from {low:,} to {high:,}"
+        elif "dropout" in field or field.endswith("pdrop"):
+            if (
+                value is not None
+                and not isinstance(value, bool)
+                and not (number and 0 <= value <= 1)
+            ):
+                yield field, "a number from 0 to 1"
+        elif field in ("initializer_range", "layer_norm_eps", "layer_norm_epsilon"):
+            if not (number and 0 <= value < math.inf):
+                yield field, "a number from 0 on"
+        elif field == "architectures" and value is not None:
+            if not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
+                yield field, "a list of names of classes"
+        elif field == "id2label" and value is not None:
+            keys = [str(key) for key in value] if isinstance(value, Mapping) else ["none"]
+            if len(keys) > SIZES["num_labels"][1] or not all(key.isdecimal() for key in keys):
+                yield field, "an object with a name for each number of a label"
+
+
+@functools.cache
+def _memory() -> float:
+    """Bytes of this machine, and of its accelerators."""
+    try:
+        own = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+    if not torch.cuda.is_available():
+        return own
+    there = range(torch.cuda.device_count())
+    return own + sum(torch.cuda.get_device_properties(i).total_memory for i in there)
+
+
 def refuse_fields(
     name: str,
     config: PreTrainedConfig,
@@ -136,10 +293,12 @@ def refuse_fields(
         refused: field -> the one value that is honoured, and why.
 
     Raises:
-        UnsupportedConfigError: a refused field with another value; a field that ``config_class`` declares,
-            that the table does not have, and that is not at its default; any other key that the table
-            does not have and that the installed stock code reads (see the head of this file).
+        UnsupportedConfigError: as `refuse_sizes`; a refused field with another value; a field that
+            ``config_class`` declares, that the table does not have, and that is not at its default; any
+            other key that the table does not have and that the installed stock code reads (see the head of
+            this file).
     """
+    refuse_sizes(name, vars(config))
     for field, (honoured, reason) in refused.items():
         value = getattr(config, field, honoured)
         if value != honoured and value is not None:

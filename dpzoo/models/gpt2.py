@@ -41,8 +41,8 @@ from dpzoo.layers.transposed import TransposedProjections
 from dpzoo.losses import (
     batch_mean,
     causal_losses,
+    class_losses,
     sequence_losses,
-    token_losses,
 )
 from dpzoo.models import heads
 from dpzoo.models.base import (
@@ -54,6 +54,7 @@ from dpzoo.models.base import (
 )
 from dpzoo.models.cache import CACHE, takes_cache
 from dpzoo.models.heads import last_real, real_tokens
+from dpzoo.shapes import check
 
 TASKS = {
     "base": "GPT2Model",
@@ -277,7 +278,7 @@ class GPT2Model(GPT2PreTrainedModel):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        given = one_input(name, input_ids, inputs_embeds)
+        given = one_input(name, input_ids, inputs_embeds, self.wte, choices=True)
         shape = given.shape if inputs_embeds is None else given.shape[:-1]
         batch, seq = shape[0], shape[-1]
         num_choices = math.prod(shape[1:-1])
@@ -293,9 +294,11 @@ class GPT2Model(GPT2PreTrainedModel):
             refuse_too_long(name, seq, past, self.config.max_position_embeddings)
             position_ids = (torch.arange(seq, device=given.device) + past).unsqueeze(0)
         sizes = {"batch": batch, "num_choices": num_choices, "seq": seq}
-        position_ids = rows_of_ids(position_ids, name="position_ids", **sizes)
+        position_ids = rows_of_ids(position_ids, name="position_ids", table=self.wpe, **sizes)
         if token_type_ids is not None:
-            token_type_ids = rows_of_ids(token_type_ids, name="token_type_ids", **sizes)
+            token_type_ids = rows_of_ids(
+                token_type_ids, name="token_type_ids", table=self.wte, **sizes
+            )
         hidden = self._embed(input_ids, inputs_embeds, token_type_ids, batch, length)
         hidden = self.drop(hidden + self.wpe(position_ids))  # (B, N T, C)
 
@@ -513,6 +516,11 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
         logits = self.lm_head(hidden.reshape(batch, length, width))
         logits = logits.reshape(*hidden.shape[:-1], logits.shape[-1])
         real = real_tokens(attention_mask, hidden)
+        if mc_token_ids is not None:
+            name = "GPT2DoubleHeadsModel.forward()"
+            tokens = hidden.shape[-2]
+            check("mc_token_ids", mc_token_ids, hidden.shape[:-2], high=tokens, of=name)
+            mc_token_ids = mc_token_ids.long()
         mc_logits = self.multiple_choice_head(hidden, mc_token_ids, real).squeeze(-1)
         losses = None if labels is None else causal_losses(logits, labels)
         mc_losses = None
@@ -530,7 +538,7 @@ class GPT2DoubleHeadsModel(_GPT2LM, GenerationMixin):
                     f"config.summary_type to 'cls_index' (got {self.config.summary_type!r}), and "
                     f"summary_use_proj and summary_proj_to_labels to True, before the model is built."
                 )
-            mc_losses = token_losses(mc_logits, mc_labels.reshape(batch))
+            mc_losses = class_losses(mc_logits, mc_labels, "mc_labels")
         if self._learns():
             # A head without labels has gradient 0, not none: Opacus would wait for it, or take the
             # norm that it had in an earlier step.
@@ -596,6 +604,7 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
             **kwargs,
         )
         hidden = body.last_hidden_state
+        heads.refuse_choices(self, hidden)
         rows = torch.arange(len(hidden), device=hidden.device)
         real = real_tokens(attention_mask, hidden)
         logits = self.score(hidden[rows, self._last_token(input_ids, real, len(hidden))])

@@ -19,14 +19,17 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from dpzoo.errors import InputError
 from dpzoo.losses import (
     batch_mean,
     causal_losses,
+    class_losses,
     sequence_losses,
     span_losses,
     token_losses,
 )
 from dpzoo.models.cache import CACHE
+from dpzoo.shapes import check
 
 Projection = Callable[..., torch.Tensor]
 
@@ -35,26 +38,23 @@ def token_classification(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> TokenClassifierOutput:
     """Logits (batch, seq, num_labels); a row's loss is the mean over its labelled tokens."""
-    body = model.base_model(**inputs)
-    logits = project(body.last_hidden_state)
-    losses = None if labels is None else token_losses(logits, labels)
-    output = TokenClassifierOutput(
-        loss=batch_mean(losses),
-        logits=logits,
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
-    )
-    return model._finish(output, losses)
+    return _token_by_token(TokenClassifierOutput, model, project, labels, inputs)
 
 
 def masked_lm(
     model: Any, project: Projection, labels: torch.Tensor | None, **inputs: Any
 ) -> MaskedLMOutput:
     """Logits (batch, seq, vocab); a row's loss is the mean over its labelled tokens."""
+    return _token_by_token(MaskedLMOutput, model, project, labels, inputs)
+
+
+def _token_by_token(
+    kind: Any, model: Any, project: Projection, labels: torch.Tensor | None, inputs: dict[str, Any]
+) -> Any:
     body = model.base_model(**inputs)
     logits = project(body.last_hidden_state)
     losses = None if labels is None else token_losses(logits, labels)
-    output = MaskedLMOutput(
+    output = kind(
         loss=batch_mean(losses),
         logits=logits,
         hidden_states=body.hidden_states,
@@ -127,6 +127,11 @@ def multiple_choice(
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     given = ids if ids is not None else embeds
     if given is not None:
+        of, shape = f"{type(model).__name__}.forward()", ("batch", "num_choices", "seq")
+        if ids is not None:
+            check("input_ids", ids, shape, of=of)
+        if embeds is not None:
+            check("inputs_embeds", embeds, (*shape, "hidden"), dtypes=None, of=of)
         batch, num_choices, seq = given.shape[:3]
         inputs["num_choices"] = num_choices
         if ids is not None:
@@ -135,7 +140,7 @@ def multiple_choice(
             inputs["inputs_embeds"] = embeds.reshape(batch, num_choices * seq, embeds.shape[-1])
     body = model.base_model(**inputs)
     logits = project(body, num_choices).reshape(batch, num_choices)
-    losses = None if labels is None else token_losses(logits, labels.reshape(batch))
+    losses = None if labels is None else class_losses(logits, labels)
     output = MultipleChoiceModelOutput(
         loss=batch_mean(losses),
         logits=logits,
@@ -154,6 +159,7 @@ def question_answering(
 ) -> QuestionAnsweringModelOutput:
     """Logits (batch, seq) of a span's first and last token."""
     body = model.base_model(**inputs)
+    refuse_choices(model, body.last_hidden_state)
     start_logits, end_logits = (
         half.squeeze(-1).contiguous() for half in project(body.last_hidden_state).split(1, dim=-1)
     )
@@ -169,6 +175,15 @@ def question_answering(
         attentions=body.attentions,
     )
     return model._finish(output, losses)
+
+
+def refuse_choices(model: Any, hidden: torch.Tensor) -> None:
+    """Raise `InputError` where a row has several sequences, and the head reads one."""
+    if hidden.ndim != 3:
+        raise InputError(
+            f"{type(model).__name__}.forward() got inputs of shape {tuple(hidden.shape[:-1])}, wanted "
+            f"(batch, seq): this head reads one sequence a row."
+        )
 
 
 def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

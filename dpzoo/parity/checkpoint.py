@@ -1,22 +1,18 @@
 """A checkpoint through dpzoo: read, written, read again, and compared."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedConfig
 
-from dpzoo.errors import DpzooError, InputError
+from dpzoo.checkpoints import load_class, lost, read_config
 from dpzoo.models.base import PerSampleModel
 from dpzoo.parity.functions import LARGE, Say, Tensors, compare_functions
 from dpzoo.parity.report import Parity, counted
 from dpzoo.pretrained import _class_for
-from dpzoo.registry import CLASSES, FAMILIES, model_class, stock_class
+from dpzoo.registry import CLASSES, stock_class
 
 VOLATILE = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -31,6 +27,7 @@ def convert_checkpoint(
     task: str | None = None,
     family: str | None = None,
     dtype: torch.dtype | None = None,
+    fresh: bool = False,
     expected: Tensors | None = None,
     say: Say = lambda text: None,
 ) -> Parity:
@@ -45,6 +42,7 @@ def convert_checkpoint(
             saved from.
         family: of a checkpoint whose config.json has no ``model_type``.
         dtype: of the written weights; by default as they are stored.
+        fresh: pass a source that lacks more than a new head; what it lacks is random, from a fixed seed.
         expected: name -> value that the written weights must have, where the caller knows them.
         say: told what is being done.
 
@@ -55,30 +53,24 @@ def convert_checkpoint(
         InputError: the source cannot be read (the message keeps the reason), or is of another family.
         UnsupportedModelError, UnsupportedConfigError, ConversionError: as `dpzoo.from_pretrained`.
     """
-    with _quiet(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         say("loading with transformers")
-        config = _read_config(source, family)
+        config = read_config(source, family)
         cls = _class_for(config, task, str(source))
-
-        def load(by: Any) -> Any:
-            settings = {"dtype": dtype or "auto", "output_loading_info": True}
-            return _seeded(
-                lambda: by.from_pretrained(source, config=copy.deepcopy(config), **settings), source
-            )
-
-        stock, report = load(stock_class(cls))
+        dtypes = {"dtype": dtype or "auto"}
+        stock, report = _seeded(lambda: load_class(stock_class(cls), source, config, **dtypes))
         say("loading with dpzoo")
-        zoo, _ = load(cls)
+        zoo, _ = _seeded(lambda: load_class(cls, source, config, **dtypes))
         say("writing")
         zoo.save_pretrained(target)
         say("reading back with transformers")
         again, left = _seeded(
-            lambda: stock_class(cls).from_pretrained(
-                target, dtype="auto", output_loading_info=True
-            ),
-            target,
+            lambda: load_class(stock_class(cls), target, read_config(target), dtype="auto")
         )
+        wanting = [] if fresh else lost(report["missing_keys"], cls, config)
         checks = [
+            counted("parameters that the source should have and lacks", wanting),
+            counted("parameters with values that are not finite", _not_finite(stock)),
             counted("keys of the written file that are missing or left over", _loose_ends(left)),
             counted("parameters, stock and dpzoo", _unequal(stock.state_dict(), zoo.state_dict())),
             counted(
@@ -108,60 +100,10 @@ def convert_checkpoint(
     )
 
 
-# --- loading ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no tables of new parameters: the comparison reports both itself."""
-    level, bars = (
-        transformers.logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    transformers.logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _read(load: Callable[[], Any], source: str | Path) -> Any:
-    """The result of ``load``, with an error of ours for whatever a file from elsewhere provokes."""
-    try:
-        return load()
-    except DpzooError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{source} cannot be loaded by transformers ({type(error).__name__}): {error}"
-        ) from error
-
-
-def _read_config(source: str | Path, family: str | None) -> PreTrainedConfig:
-    """The config; old ones may not say of which family they are."""
-    try:
-        config = _read(lambda: AutoConfig.from_pretrained(source), source)
-    except InputError as error:
-        if "model_type" not in str(error):
-            raise
-        if family is None:
-            raise InputError(
-                f"{error}\nIf you know its family, pass it: --family, one of: {', '.join(FAMILIES)}."
-            ) from error
-        config_class = stock_class(model_class(family, "base")).config_class
-        return _read(lambda: config_class.from_pretrained(source), source)
-    if family not in (None, config.model_type):
-        raise InputError(f"{source} is of the family {config.model_type!r}, not {family!r}.")
-    return config
-
-
-def _seeded(load: Callable[[], Any], source: str | Path) -> Any:
-    """As `_read`; parameters that the checkpoint lacks come out the same at every load."""
+def _seeded(load: Callable[[], Any]) -> Any:
+    """The result of ``load``; parameters that the checkpoint lacks come out the same at every load."""
     torch.manual_seed(0)
-    return _read(load, source)
+    return load()
 
 
 def _task_of(cls: type[PerSampleModel]) -> str:
@@ -185,10 +127,23 @@ def _unequal(wanted: Tensors, got: Tensors) -> list[str]:
 def _missing(wanted: Tensors, got: Tensors) -> list[str]:
     """Names whose wanted value ``got`` does not have."""
     return sorted(
-        name
-        for name, value in wanted.items()
-        if name not in got or got[name].dtype != value.dtype or not torch.equal(got[name], value)
+        name for name, value in wanted.items() if name not in got or not _same(value, got[name])
     )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal, with a NaN equal to the same NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if torch.equal(a, b):
+        return True
+    bits = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*bits)
+
+
+def _not_finite(model: torch.nn.Module) -> list[str]:
+    named = model.named_parameters()
+    return sorted(name for name, value in named if not bool(value.isfinite().all()))
 
 
 def _changed_fields(wanted: PreTrainedConfig, got: PreTrainedConfig) -> list[str]:

@@ -247,7 +247,7 @@ class AlbertModel(AlbertPreTrainedModel):
         """
         name = type(self).__name__
         refuse_arguments(name, kwargs)
-        given = one_input(name, input_ids, inputs_embeds)
+        given = one_input(name, input_ids, inputs_embeds, self.embeddings.word_embeddings)
         batch, seq = given.shape[:2]
         if position_ids is None:
             refuse_too_long(name, seq, 0, self.config.max_position_embeddings)
@@ -255,8 +255,18 @@ class AlbertModel(AlbertPreTrainedModel):
         if token_type_ids is None:
             token_type_ids = torch.zeros(seq, dtype=torch.long, device=given.device)
         shape = {"batch": batch, "num_choices": 1, "seq": seq}
-        position_ids = rows_of_ids(position_ids, name="position_ids", **shape)
-        token_type_ids = rows_of_ids(token_type_ids, name="token_type_ids", **shape)
+        position_ids = rows_of_ids(
+            position_ids,
+            name="position_ids",
+            table=self.embeddings.position_embeddings,
+            **shape,
+        )
+        token_type_ids = rows_of_ids(
+            token_type_ids,
+            name="token_type_ids",
+            table=self.embeddings.token_type_embeddings,
+            **shape,
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
 

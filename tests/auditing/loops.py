@@ -30,7 +30,8 @@ class Loop:
             parameter.requires_grad_(name not in freeze)
         trained = [p for p in self.net.parameters() if p.requires_grad]
         data = TensorDataset(torch.randn(40, 7), torch.randint(0, 5, (40,)))
-        self.engine = (dpzoo.PrivacyEngine if mode == "bk" else PrivacyEngine)(accountant="rdp")
+        own = options.pop("own", mode == "bk")
+        self.engine = (dpzoo.PrivacyEngine if own else PrivacyEngine)(accountant="rdp")
         made = self.engine.make_private(
             module=self.net,
             optimizer=torch.optim.SGD(trained, lr=learning_rate),
@@ -510,6 +511,17 @@ def _scheduled() -> tuple[Loop, dict[str, Any]]:
     return loop, {"step": step, "scheduler": scheduler}
 
 
+def _own_ghost() -> tuple[Loop, dict[str, Any]]:
+    loop = Loop("ghost", max_grad_norm=20.0, own=True)
+
+    def step(batch: Any) -> None:
+        loop.optimizer.zero_grad()
+        loop.criterion(loop.model(batch[0]), batch[1]).backward()
+        loop.optimizer.step()
+
+    return loop, {"step": step}
+
+
 CLEAN_LOOPS: dict[str, Callable[[], tuple[Loop, dict[str, Any]]]] = {
     "a collator that sorts": lambda: _with_collator(_sorted),
     "a collator that adds noise": lambda: _with_collator(_noisy),
@@ -518,6 +530,10 @@ CLEAN_LOOPS: dict[str, Callable[[], tuple[Loop, dict[str, Any]]]] = {
     "the same under ghost": lambda: _smoothed("ghost"),
     "empty draws without a forward pass": _without_forward,
     "a scheduler": _scheduled,
+    "hooks mode of dpzoo's engine": lambda: (lambda loop: (loop, {"step": loop.step}))(
+        Loop("hooks", max_grad_norm=20.0, own=True)
+    ),
+    "ghost mode of dpzoo's engine": _own_ghost,
     "dropout": lambda: (lambda loop: (loop, {"step": loop.step}))(
         Loop("bk", max_grad_norm=20.0, dropout=0.3)
     ),

@@ -18,4 +18,4 @@ def test_a_source_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixt
     del config["model_type"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["audit", str(tmp_path), "--task", "masked-lm"]) == 2
-    assert "cannot be loaded by transformers" in capsys.readouterr().err
+    assert "its config.json has no model_type" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import signal
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def test_a_legacy_checkpoint_becomes_a_stock_one(
         "BertForMaskedLM (masked-lm), 0.0 million parameters, stored in float32"
     )
     assert lines[1].split() == ["compared", "difference", "allowed"]
-    assert len([line for line in lines if line.endswith("  ok")]) == 7
+    assert len([line for line in lines if line.endswith("  ok")]) == 9
     assert lines[-1] == f"written: {out}"
     assert captured.err == "", "progress is for terminals"
 
@@ -142,7 +144,8 @@ def test_a_broken_tokenizer_is_said_and_harms_nothing(
 ) -> None:
     (legacy / "tokenizer.json").write_text("{}")
     assert main(["convert", str(legacy), str(out)]) == 0
-    assert re.search(r"^no tokenizer was copied: \w+: .+", capsys.readouterr().out, re.MULTILINE)
+    said = r"^no tokenizer was copied: .*legacy cannot be loaded by transformers \(\w+\): .+"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
     assert transformers.AutoModelForMaskedLM.from_pretrained(out) is not None
 
 
@@ -182,6 +185,40 @@ def test_an_interruption_leaves_nothing(
 
     monkeypatch.setattr(dpzoo.cli.convert, "_copy_tokenizer", interrupted)
     assert main(["convert", str(legacy), str(out)]) == 130
+    assert nothing_left(out)
+
+
+def test_a_termination_leaves_nothing(
+    legacy: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(dpzoo.cli.convert, "_copy_tokenizer", ended)
+    assert main(["convert", str(legacy), str(out)]) == 143
+    assert nothing_left(out)
+
+
+def test_a_link_stays_a_link(legacy: Path, out: Path) -> None:
+    real = out.parent / "real"
+    stock_model("BertModel", torch.float32).save_pretrained(real)
+    out.symlink_to(real)
+    assert main(["convert", str(legacy), str(out), "--overwrite"]) == 0
+    assert out.is_symlink()
+    assert transformers.AutoConfig.from_pretrained(real).architectures == ["BertForMaskedLM"]
+    assert sorted(out.parent.iterdir()) == [out, real]
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_error(
+    legacy: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
+    assert main(["convert", str(legacy), str(out)]) == 2
+    assert "legacy cannot be written: No space left on device" in capsys.readouterr().err
     assert nothing_left(out)
 
 
@@ -225,7 +262,7 @@ def test_what_cannot_be_converted(
     legacy: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", str(tmp_path / "nowhere"), str(out)]) == 2
-    assert "nowhere cannot be loaded by transformers" in capsys.readouterr().err
+    assert f"There is no folder '{tmp_path / 'nowhere'}'." in capsys.readouterr().err
     T5Config(architectures=["T5Model"]).save_pretrained(tmp_path / "t5")
     assert main(["convert", str(tmp_path / "t5"), str(out)]) == 2
     assert "is of the family 't5'. Wanted one of: bert" in capsys.readouterr().err

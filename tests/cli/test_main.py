@@ -1,8 +1,11 @@
 """The program: version, help that teaches, exit statuses, and a reader that goes away."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,134 @@ def test_an_interruption_is_said_and_has_its_status(
     monkeypatch.setattr("dpzoo.cli.list.run", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "dpzoo: interrupted\n"
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_signals_end_it_by_the_ordinary_way_out(
+    name: str, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, cleaned = getattr(signal, name), []
+
+    def ended(options: Any) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+        return 0
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(dpzoo.cli.list, "run", ended)
+    assert main(["list", "--json"]) == status
+    captured = capsys.readouterr()
+    said = "interrupted" if name == "SIGINT" else f"ended by {name}"
+    assert captured.err == f"dpzoo: {said}\n"
+    assert json.loads(captured.out) == {"ok": False, "error": said}
+    assert cleaned == [True]
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_hangup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    seen = []
+    monkeypatch.setattr(
+        dpzoo.cli.list, "run", lambda options: seen.append(signal.getsignal(signal.SIGHUP)) or 0
+    )
+    try:
+        assert main(["list"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [signal.SIG_IGN]
+
+
+def test_an_error_of_our_own_is_a_traceback_and_status_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 1 would say that a check failed."""
+
+    def broken(options: Any) -> int:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(dpzoo.cli.list, "run", broken)
+    assert main(["list", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" in captured.err
+    assert "KeyError, which is an error in dpzoo: please report it" in captured.err
+    assert json.loads(captured.out)["ok"] is False
+
+
+def test_json_is_json_where_the_arguments_do_not_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "gpt2", "--steps", "many", "--json"])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
+        "ok": False,
+        "error": "its arguments do not parse; see standard error",
+    }
+    assert "invalid int value: 'many'" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads", "0"], "--threads got '0', wanted whole numbers above 0"),
+        (["--device", "cuda:7"], "--device got 'cuda:7' ("),
+        (["--device", "toaster"], "--device got 'toaster' ("),
+        (["--plot", "growth.png"], "There is nothing to plot: wanted at least two workloads"),
+        (["--seq", "8,16", "--plot", "growth.txt"], "A plot got growth.txt, wanted a file of: "),
+        (["--seq", "8,16", "--plot", "no/where/growth.png"], "and no/where is no folder. Create it."),
+        (["--profile", "no/where/tables.txt"], "--profile got no/where/tables.txt, and its folder is"),
+    ],
+)  # fmt: skip
+def test_bench_checks_its_options_before_it_measures(
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dpzoo.cli.bench, "bench", lambda *args, **kwargs: pytest.fail("measured"))
+    assert main(["bench", "gpt2", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def run_program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = f"{sys.executable} -m dpzoo.cli {' '.join(words)}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=env, check=False
+    )
+
+
+def test_a_full_standard_output_is_one_line() -> None:
+    run = run_program("list", ">", "/dev/full")
+    assert (run.returncode, run.stderr) == (2, "dpzoo: [Errno 28] No space left on device\n")
+
+
+def test_a_locale_without_our_characters_gets_them_escaped() -> None:
+    run = run_program("audit", "--help", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_an_interruption_of_the_imports_is_no_traceback() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "dpzoo.cli", "list"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=env,
+    )
+    assert program.stderr is not None
+    for line in program.stderr:
+        if line.split()[-1] == "torch._C":
+            break
+    program.send_signal(signal.SIGINT)
+    rest = program.stderr.read()
+    assert "Traceback" not in rest
+    assert rest.endswith("dpzoo: interrupted\n")
+    assert program.wait() == 130
 
 
 def test_as_a_module_into_a_pipe_that_closes() -> None:

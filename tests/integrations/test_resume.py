@@ -412,12 +412,25 @@ def test_a_finished_run_is_not_trained_on(start: Any, tmp_path: Path) -> None:
     assert_bit_equal(again.model.state_dict(), first.model.state_dict())
 
 
+def test_an_account_that_was_changed_is_refused(
+    start: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = copied(checkpoint, tmp_path) / STATE_NAME
+    fields = json.loads(path.read_text())
+    fields["history"][0][2] -= 1
+    path.write_text(json.dumps(fields))
+    with pytest.raises(
+        dpzoo.InputError, match=r"is damaged .*does not have the digest of what it says"
+    ):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
+
+
 def test_a_state_of_another_version_is_refused(
     start: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = copied(checkpoint, tmp_path) / STATE_NAME
-    path.write_text(path.read_text().replace('"version": 2', '"version": 9'))
-    with pytest.raises(dpzoo.InputError, match=r"has version 9, wanted 2\. Resume"):
+    path.write_text(path.read_text().replace('"version": 3', '"version": 9'))
+    with pytest.raises(dpzoo.InputError, match=r"has version 9, wanted 3\. Resume"):
         trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
     path.write_text("{")
     with pytest.raises(dpzoo.InputError, match="is damaged"):

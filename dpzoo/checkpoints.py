@@ -1,0 +1,210 @@
+"""The door that checkpoints come through in every command: read, or refused in one clear line.
+
+Libraries from elsewhere read the files, and each has its own errors; what the files can hold wrong is not
+bounded. Here all of it ends in an `InputError` that names the checkpoint.
+"""
+
+import copy
+import os
+import socket
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import huggingface_hub.constants
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dpzoo.errors import DpzooError, InputError
+from dpzoo.models.base import PerSampleModel
+from dpzoo.models.fields import read_fields
+from dpzoo.pretrained import _class_for, refuse_unknown_family
+from dpzoo.registry import FAMILIES, model_class, stock_class
+
+MOST_NAMES = 6
+
+
+def load(source: str | Path, task: str | None = None, *, fresh: bool = False) -> PerSampleModel:
+    """A checkpoint as a dpzoo model, for a command.
+
+    Args:
+        source: hub id or folder.
+        task: as in `dpzoo.from_pretrained`.
+        fresh: take a checkpoint that lacks more than a new head; what it lacks is random then.
+
+    Raises:
+        InputError: it is not there, cannot be read, or is not whole.
+        UnsupportedModelError, UnsupportedConfigError, ConversionError: as `dpzoo.from_pretrained`.
+    """
+    config = read_config(source)
+    cls = _class_for(config, task, str(source))
+    model, report = load_class(cls, source, config)
+    missing = [] if fresh else lost(report["missing_keys"], cls, config)
+    if missing:
+        raise InputError(
+            f"{source} lacks {some(missing)}: a {cls.__name__} of it would be random there. It is damaged, "
+            f"or of another class ({config.architectures} says its config.json)."
+        )
+    return model
+
+
+def read_config(source: str | Path, family: str | None = None) -> PreTrainedConfig:
+    """A checkpoint's config.
+
+    Args:
+        source: hub id or folder.
+        family: of an old checkpoint, whose config.json does not say.
+
+    Raises:
+        InputError: it is not there, cannot be read, or is of another family.
+        UnsupportedConfigError: a size that no model has.
+    """
+    with reading(source) as where:
+        fields = read_fields(source, **where)
+        said = fields.get("model_type")
+        if said is not None:
+            if family not in (None, said):
+                raise InputError(f"{source} is of the family {said!r}, not {family!r}.")
+            refuse_unknown_family(said if isinstance(said, str) else repr(said), str(source))
+            return AutoConfig.from_pretrained(source, **where)
+        if family is None:
+            raise InputError(
+                f"{source} cannot be loaded: its config.json has no model_type. If you know its family, "
+                f"pass it: --family, one of: {', '.join(FAMILIES)}."
+            )
+        config_class = stock_class(model_class(family, "base")).config_class
+        return config_class.from_pretrained(source, **where)
+
+
+def load_class(
+    cls: Any, source: str | Path, config: PreTrainedConfig, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """``cls.from_pretrained``: the model and transformers' report.
+
+    Args:
+        cls: a class of dpzoo or of transformers.
+        source: hub id or folder.
+        config: the checkpoint's; a copy is used.
+        **settings: as ``from_pretrained``'s.
+
+    Raises:
+        InputError: it cannot be read, or has tensors of other shapes.
+        DpzooError: as ``from_pretrained``.
+    """
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with reading(source) as where:
+        model, report = cls.from_pretrained(
+            source, config=copy.deepcopy(config), **settings, **where
+        )
+    wrong = sorted(report["mismatched_keys"])
+    if wrong:
+        name, got, wanted = wrong[0]
+        raise InputError(
+            f"{source} does not fit its config.json: {name} is {tuple(got)}, wanted {tuple(wanted)}"
+            f"{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}. Restore the config.json that it "
+            f"was written with."
+        )
+    return model, report
+
+
+def lost(missing: Iterable[str], cls: type[PerSampleModel], config: PreTrainedConfig) -> list[str]:
+    """Of the parameters that a checkpoint lacks, those that it should have: all but a new head's.
+
+    Args:
+        missing: the names, of ``cls``.
+        cls: the class that is loaded.
+        config: the checkpoint's. It says from which class it was saved: what that one has, a whole
+            checkpoint has. Where that is not known, everything but heads and poolers is wanted. Published
+            encoders that call themselves bare often have no pooler, which counts as a head's then.
+    """
+    names = {name.removeprefix(f"{cls.base_model_prefix}."): name for name in missing}
+    if not names:
+        return []
+    base = stock_class(model_class(config.model_type, "base"))
+    saved_as: Any = getattr(transformers, str((config.architectures or [None])[0]), None)
+    if not (isinstance(saved_as, type) and issubclass(saved_as, PreTrainedModel)):
+        saved_as = base  # the name is the checkpoint's: nothing but a model's class is called by it
+    try:
+        wanted = _names(saved_as, config)
+    except Exception:  # of another kind, or one that cannot be built from this config
+        saved_as, wanted = base, _names(base, config)
+    wanted = {name.removeprefix(f"{cls.base_model_prefix}.") for name in wanted}
+    poolers = {name for name in wanted if name.startswith("pooler.")}
+    if saved_as is base and poolers <= names.keys():
+        wanted -= poolers
+    return sorted(names[name] for name in wanted & names.keys())
+
+
+def _names(cls: Any, config: PreTrainedConfig) -> set[str]:
+    with torch.device("meta"):
+        return set(cls(copy.deepcopy(config)).state_dict())
+
+
+def some(names: list[str] | tuple[str, ...]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[dict[str, Any]]:
+    """A block that reads a checkpoint: whatever its files provoke becomes an `InputError`.
+
+    Yields:
+        Settings that say where it is: the cache alone, where the hub cannot be reached.
+    """
+    where = _where(source)
+    level, bars = (
+        transformers.logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers.logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield where
+    except DpzooError:
+        raise
+    except BaseException as error:
+        # The tokenizers' and safetensors' own panics are no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        away = "the hub cannot be reached, and this in the cache: " if where else ""
+        reason = " ".join(str(error).split()) or "no message"
+        raise InputError(
+            f"{source} cannot be loaded by transformers ({type(error).__name__}): {away}{reason}"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _where(source: str | Path) -> dict[str, Any]:
+    if os.path.isdir(source):
+        return {}
+    text = os.fspath(source)
+    if os.path.exists(source):
+        raise InputError(
+            f"{source} is a file, wanted a folder with a checkpoint (config.json, weights)."
+        )
+    path = isinstance(source, Path) or text.startswith((".", "~", os.sep)) or "\\" in text
+    if path or text.count("/") > 1 or not text.strip("/ "):
+        raise InputError(f"There is no folder {text!r}. Wanted one with a checkpoint, or a hub id.")
+    return {"local_files_only": True} if _away() else {}
+
+
+def _away() -> bool:
+    """Whether the hub's name cannot be looked up: asking it would be tried again for half a minute."""
+    host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    if urllib.request.getproxies() or not host:
+        return False
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return True
+    return False
