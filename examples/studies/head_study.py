@@ -1,7 +1,6 @@
-r"""Accuracy of a private head on a frozen encoder, at several epsilons and seeds, features read once.
+"""Accuracy of a private head on a frozen encoder, at several epsilons and seeds, features read once.
 
-    PYTHONPATH=examples python examples/studies/head_study.py --data sst2/train.tsv --eval sst2/dev.tsv \
-        --out study --epsilons 1,3,8
+    python examples/studies/head_study.py --data train.tsv --eval dev.tsv --out study --epsilons 1,3,8
 
 Each figure is what `dpzoo train FILE --train head --epsilon E` gives: the same features, the same training.
 Published beside each other, the runs' epsilons add up: this is for measuring, on data that are public.
@@ -16,11 +15,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from support.training import load_tokenizer
-from transformers import AutoModelForSequenceClassification
 
 from dpzoo.heads import pool_by_mean, read_features, train_head
 from dpzoo.training.data import class_indices, guess_task, read_table, texts_of
+from dpzoo.training.models import load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
     train, heldout = read_table(options.data), read_table(options.eval)
     task = guess_task(train)
-    folder, tokenizer, _ = load_tokenizer(options.model)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(task.labels))
+    model, tokenizer, _ = load(options.model, task)
     norm = pool_by_mean(model)
     options.out.mkdir(parents=True, exist_ok=True)
     cache = options.out / "features.pt"  # as private as the rows
