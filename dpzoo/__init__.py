@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dpzoo.clipping import PrivacyEngine
     from dpzoo.conversion import convert, to_transformers
     from dpzoo.data import prime_empty_batches
+    from dpzoo.empirical import Canaries, RunReport, audit_run
     from dpzoo.errors import (
         ConversionError,
         DpzooError,
@@ -78,6 +79,7 @@ __all__ = [
     "BertForTokenClassification",
     "BertLMHeadModel",
     "BertModel",
+    "Canaries",
     "ConversionError",
     "DistilBertForMaskedLM",
     "DistilBertForMultipleChoice",
@@ -104,11 +106,13 @@ __all__ = [
     "RobertaForSequenceClassification",
     "RobertaForTokenClassification",
     "RobertaModel",
+    "RunReport",
     "UnsupportedConfigError",
     "UnsupportedModelError",
     "__version__",
     "audit",
     "audit_loop",
+    "audit_run",
     "convert",
     "from_config",
     "from_pretrained",
@@ -131,6 +135,7 @@ _HOMES = (
     "conversion",
     "pretrained",
     "auditing",
+    "empirical",
     "training",
 )
 """Where the public names are, in the order in which they are looked for: what imports least first."""

@@ -23,3 +23,7 @@ class ConversionError(DpzooError, ValueError):
 
 class InputError(DpzooError, ValueError):
     """Arguments of a forward pass that are missing, contradictory or out of range."""
+
+
+class RankError(DpzooError, RuntimeError):
+    """Another process of a distributed run died, froze, failed or is at another place."""

@@ -24,14 +24,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "versions",
     ),
     ("shapes",),
-    ("data", "layers", "ledger", "losses"),
+    ("accounting", "data", "layers", "ledger", "losses"),
     ("clipping", "grad_samplers", "transfer"),
     ("heads", "models"),
     ("registry",),
     ("catalogue", "conversion", "pretrained"),
     ("checkpoints", "families"),
     ("auditing", "bench", "integrations", "parity"),
-    ("training",),
+    ("empirical", "training"),
     ("",),  # dpzoo/__init__.py
     ("cli",),
 )

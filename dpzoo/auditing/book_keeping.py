@@ -37,7 +37,7 @@ class EachRow(BookKeepingOptimizer):
         self.norms = {parameter: value.sqrt() for parameter, value in squared.items()}
         return {None: torch.ones_like(norms)}
 
-    def add_rows(self, book: Book, named: Any, part: Any = None) -> Any:
+    def add_rows(self, book: Book, named: Any, inputs: Any = (), whole: Any = None) -> Any:
         """As `BookKeepingOptimizer.add_rows`; each sum is taken with one row's factor 1, the others' 0."""
         close = book.close
 
@@ -48,7 +48,7 @@ class EachRow(BookKeepingOptimizer):
             return close(parameter, weights, kept, *rest, **more)
 
         vars(book)["close"] = each
-        return super().add_rows(book, named, part)
+        return super().add_rows(book, named, inputs, whole)
 
 
 class BookMode(OpacusMode):

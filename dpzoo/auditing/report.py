@@ -14,7 +14,7 @@ from dpzoo.errors import DpzooError
 class AuditFailedError(DpzooError):
     """An audit found something that must be mended before training; ``report`` has the details."""
 
-    def __init__(self, message: str, report: "AuditReport") -> None:
+    def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
 

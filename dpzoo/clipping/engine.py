@@ -11,6 +11,7 @@ from typing import Any
 import opacus
 import torch
 from torch import nn, optim
+from torch.distributed.tensor import DTensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,6 +28,7 @@ from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import (
     BookKeepingOptimizer,
     DistributedBookKeepingOptimizer,
+    ShardedBookKeepingOptimizer,
     refuse_optimizer,
     source_of,
     with_release,
@@ -80,6 +82,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
         super().__init__(accountant=accountant, secure_mode=False)  # Opacus' wants torchcsprng
         self._keyed = secure_mode
+        self.replicated = False
+        """Whether every rank has the whole model, its own share of one draw, and no wrapper to say so."""
         if accountant == "gdp":
             warnings.warn(
                 "accountant='gdp' is a central-limit approximation, and its epsilon can be far below the "
@@ -129,6 +133,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 f"poisson_sampling={poisson_sampling}, wanted 'bk' and True: Opacus' modes clip each row "
                 f"by itself, so that a unit of k rows moves the sum by k C; and what is drawn are units. "
                 f"Use grad_sample_mode='bk', or leave out unit_ids: the unit is then the row."
+            )
+        if units is not None and torch.distributed.is_initialized():
+            raise InputError(
+                "make_private got unit_ids in several processes (torch.distributed is initialized), wanted "
+                "one: that the draw of units over ranks is one Poisson draw has not been tested. Train in one "
+                "process, or leave out unit_ids: the unit is then the row."
             )
         if self._keyed and noise_generator is not None:
             raise InputError(
@@ -189,7 +199,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             if grad_sample_mode == "bk" or isinstance(loader.dataset[0], dict):
                 prime_empty_batches(loader)
             count_draws(loader, draws)
-            _refuse_equal_ranks(private_optimizer)
+            if not self.replicated:  # then the draws are the caller's
+                _refuse_equal_ranks(private_optimizer)
         if grad_sample_mode != "bk":
             if len(made) == 4:
                 on_ghost_backward(made[2], draws.take)
@@ -261,6 +272,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         **kwargs: Any,
     ) -> Any:
         noise = source_of(noise_generator)
+        distributed = distributed or self.replicated
         if grad_sample_mode != "bk":
             made = super()._prepare_optimizer(
                 optimizer=optimizer,
@@ -282,7 +294,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         kind: type[BookKeepingOptimizer] = BookKeepingOptimizer
         if distributed:
-            kind = DistributedBookKeepingOptimizer
+            sharded = any(
+                isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"]
+            )
+            kind = ShardedBookKeepingOptimizer if sharded else DistributedBookKeepingOptimizer
         return kind(optimizer, noise=noise, **kwargs)
 
     def save_checkpoint(
@@ -301,8 +316,16 @@ class PrivacyEngine(opacus.PrivacyEngine):
         by its owner only; keep it as the data are kept.
 
         Raises:
+            InputError: the model is under FSDP2.
             OSError: it could not be written; what was there before stands.
         """
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            raise InputError(
+                "save_checkpoint got a model under FSDP2, of which each rank has a part, wanted whole "
+                "parameters. Save model, optimizer and optimizer.noise_state() (secret) with "
+                "torch.distributed.checkpoint, and keep the steps in a ledger: "
+                "optimizer.release.watched_by(dpzoo.ledger.Ledger(path))."
+            )
         saved = dict(checkpoint_dict or {})
         release = getattr(optimizer, "release", None)
         if release is not None:

@@ -79,7 +79,8 @@ class FrozenWatch:
     def _watched(self) -> dict[str, torch.Tensor]:
         watched = dict(self._model.named_buffers())
         watched.update(self._model.named_parameters())
-        return watched
+        # In mode "ew" a forward has ExpandedWeights in the place of parameters; they answer no question.
+        return {name: vars(tensor).get("orig_weight", tensor) for name, tensor in watched.items()}
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
@@ -106,8 +107,8 @@ class FrozenWatch:
             if now is tensor and now._version == version:
                 if digest is None or digest == _digest(now):
                     continue
-            elif trained and now is not tensor:
-                continue  # sharding puts other tensors there for the pass
+            elif now is not tensor and (trained or type(tensor.data) is not torch.Tensor):
+                continue  # FSDP2 puts gathered copies there for the pass, and drops them
             known = self._values.get(name)
             if known is not None and now is not None and _equal(known, now):
                 continue  # written again, with the same values

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.graph import Enter, refuse_unseen
 from dpzoo.clipping.meetings import meet
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
+from dpzoo.clipping.ranks import Shards, refuse_unseen_ranks, silence
 from dpzoo.clipping.recorder import Recorder, run_backward
 from dpzoo.clipping.units import Units
 from dpzoo.clipping.verification import Verification
@@ -54,6 +59,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._book: Book | None = None
         self._recorder: Recorder | None = None
         self._depth = 0
+        self._empty = False  # the forward pass under way is an empty batch's
+        self._example: Any = None  # the arguments of a forward pass of one row
         self._eager = contextlib.ExitStack()
         self._verifying = False
         self._checked: dict[int, int] = {}  # kind of batch -> batches of it so far
@@ -63,26 +70,40 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._factors: torch.Tensor | None = None
         self.nonfinite_rows = 0
         """Units so far (rows, without unit_ids) whose gradient was not finite: they contributed nothing."""
+        self._shards = Shards(m) if isinstance(m, FSDPModule) else None
+        self._undo = silence(m) if isinstance(m, DistributedDataParallel) else None
         self._handles: list[RemovableHandle] = [
             m.register_forward_pre_hook(self._begin, with_kwargs=True),
             m.register_forward_hook(self._end, always_call=True),
         ]
+        if self._shards is not None:
+            self._handles.append(m.register_forward_pre_hook(self._meet, prepend=True))
+            for module in self._shards.modules:
+                if module is not m:
+                    self._pass_fsdp(module)
 
     # --- forward --------------------------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
-            return
+            return None
         tensors = list(_tensors_of((args, kwargs)))
         rows = _rows_of(kwargs, tensors)
         if self._recorder is not None and not self._recorder.spent:
             self._earlier.update(self._recorder.uses)
         self._recorder = None
-        if not rows:  # an empty batch has no gradients
-            return
-        trained = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
-        self._names = trained
+        if self._shards is not None:
+            self._shards.enter(module)
+        if not rows:
+            # Models stumble over empty tensors: one row passes instead, and counts for nothing.
+            self._empty = bool(tensors)
+            return (self._example or _mapped(_zero_row, (args, kwargs))) if tensors else None
+        if self._example is None:
+            first = partial(_first_row, rows)
+            self._example = _mapped(first, (args, kwargs))
+        named, whole = self._trained()
+        self._names = trained = {id(whole.get(p, p)): name for name, p in named}
         self._recorder = recorder = Recorder(self, rows, meet)
         recorder.inputs = [t for t in tensors if t.ndim and len(t) == rows]
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
@@ -92,14 +113,64 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 recorder.mark(tensor)
         recorder.__enter__()
         recorder.on = True
+        return None
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._depth = max(self._depth - 1, 0)  # a hook before `_begin` may have raised
         if self._depth == 0 and self._recorder is not None and self._recorder.on:
             self._recorder.on = False
             self._recorder.__exit__(None, None, None)
             self._eager.close()
             self._recorder.see_outputs(_tensors_of(output))
+        if self._depth == 0 and self._shards is not None and torch.is_grad_enabled():
+            self._shards.leave(module, _tensors_of(output))
+        if self._depth == 0 and self._empty:
+            self._empty = False
+            return _mapped(_no_row, output)
+        return None
+
+    def _trained(self) -> tuple[list[tuple[str, torch.Tensor]], dict[torch.Tensor, torch.Tensor]]:
+        """(name, parameter) of all that are trained; and what layers use for them, if it is another."""
+        shards = self._shards
+        named = self._module.named_parameters() if shards is None else shards.named
+        whole = {} if shards is None else shards.whole()
+        return [(n, p) for n, p in named if p.requires_grad], whole
+
+    def _meet(self, module: nn.Module, args: Any) -> None:
+        """Before the ranks gather parameters for a forward pass."""
+        if self._shards is not None and self._depth == 0 and torch.is_grad_enabled():
+            self._shards.ranks.meet("forward pass")
+
+    def _pass_fsdp(self, module: nn.Module) -> None:
+        """Let a layer's arguments pass FSDP2's hook by, which would put them through an unseen function."""
+        shards, given = self._shards, []
+        assert shards is not None
+
+        def enter(_: nn.Module, *arguments: Any) -> Any:
+            if not self._depth or not torch.is_grad_enabled():
+                return None
+            given.append(list(_tensors_of(arguments)))
+            with torch._C.DisableTorchFunction():
+                return _mapped(torch.Tensor.detach, arguments)
+
+        def entered(_: nn.Module, *arguments: Any) -> Any:
+            if not self._depth or not torch.is_grad_enabled():
+                return None
+            shards.enter(module)
+            named, whole = self._trained()  # this layer's have just come
+            self._names.update({id(whole.get(p, p)): name for name, p in named})
+            before = iter(given.pop())
+            return _mapped(lambda x: next(before).to(x.dtype), arguments)
+
+        def left(_: nn.Module, args: Any, output: Any) -> None:
+            if self._depth and torch.is_grad_enabled():
+                shards.leave(module, _tensors_of(output))
+
+        self._handles += [
+            module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+            module.register_forward_pre_hook(entered, with_kwargs=True),
+            module.register_forward_hook(left),
+        ]
 
     def name_of(self, tensor: torch.Tensor) -> str:
         """A trained parameter's name, or what a tensor that comes from parameters was computed by."""
@@ -162,17 +233,20 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"shape=logits.shape."
             )
         try:
-            named = [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
+            named, whole = self._trained()
             _refuse_hooks(named)
-            self._names = {id(p): n for n, p in named}
+            uses = {id(whole.get(p, p)): whole.get(p, p) for _, p in named}
+            self._names = {key: n for key, (n, _) in zip(uses, named, strict=True)}
             units = optimizer.draws.units(len(losses), unit_ids)
-            book = self._record(units.mean(losses), [p for _, p in named], units)
+            with self._waiting("backward pass"):
+                book = self._record(units.mean(losses), list(uses.values()), units)
             inputs = [] if self._recorder is None else self._recorder.inputs
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-                made = optimizer.add_rows(book, named, inputs)
-        except BaseException:
+                made = optimizer.add_rows(book, named, inputs, whole)
+        except BaseException as error:
             optimizer.drop()  # nothing, rather than a part
             optimizer.draws.abandon()
+            optimizer.fail(error)
             raise
         self._norms, self._factors, left_out = made
         self.nonfinite_rows += left_out
@@ -180,6 +254,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor], units: Units) -> Book:
         rows = len(losses)
         book = Book(rows, parameters, units)
+        if not rows and self._shards is not None:
+            for _ in range(1 + self._any_rank(False)):
+                with self._gathering():
+                    pass
+            self._shards.clear()
         if not rows or (losses.grad_fn is None and not parameters):
             return book
         if losses.grad_fn is None:
@@ -203,19 +282,23 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         kind = hash((frozenset((*recorder.uses, *self._earlier)), functions, several))
         count = self._checked.get(kind, 0) + 1
         # Not the first alone: a layer that starts at zero (LoRA's B, a gate) hides what is below it.
-        check = count & (count - 1) == 0
+        check = self._any_rank(count & (count - 1) == 0)
         checked = None
         if check:
             self._verifying = True
             try:
-                checked = Verification(losses, parameters, recorder, units)
+                with self._gathering():
+                    checked = Verification(losses, parameters, recorder, units)
             finally:
                 self._verifying = False
         self._book = book
         try:
-            run_backward(recorder, losses.sum(), self.anchor, retain_graph=False)
+            with self._gathering(book.hand_on):
+                run_backward(recorder, losses.sum(), self.anchor, retain_graph=False)
         finally:
             self._book = None
+            if self._shards is not None:
+                self._shards.clear()
         recorder.refuse_changed()
         squared = book.squared_norms()
         if checked is None or checked.compare(book, squared, self.name_of):
@@ -223,6 +306,22 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         recorder.spent = True
         self._earlier.clear()
         return book
+
+    def _waiting(self, place: str) -> Any:
+        """Name the ranks that FSDP2 waits for in vain."""
+        return (
+            contextlib.nullcontext() if self._shards is None else self._shards.ranks.waiting(place)
+        )
+
+    def _gathering(self, *finish: Callable[[], None]) -> Any:
+        """A backward pass, in which FSDP2's parameters are gathered; ``finish`` needs them, too."""
+        return contextlib.nullcontext() if self._shards is None else self._shards.backward(*finish)
+
+    def _any_rank(self, check: bool) -> bool:
+        """Whether a rank wants to check this backward pass: under FSDP2 all take part in the extra pass."""
+        return (
+            check if self._shards is None else any(self._shards.ranks.meet("backward pass", check))
+        )
 
     # --- reading, not private -------------------------------------------------------------------
 
@@ -247,6 +346,10 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         """Take the taps off."""
         while self._handles:
             self._handles.pop().remove()
+        if self._shards is not None:
+            self._shards.release()
+        if self._undo is not None:
+            self._undo()
 
     def cleanup(self) -> None:
         """Take the taps off, and what was hung on the parameters."""
@@ -266,6 +369,11 @@ class BookKeepingModule(BookKeepingHooks, AbstractGradSampleModule):
         BookKeepingHooks.__init__(self, m, **kwargs)
         self.grad_accumulation_hook = None
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's."""
+        with self._waiting("forward pass"):
+            return super().forward(*args, **kwargs)
+
 
 def _refuse_model(model: nn.Module) -> None:
     """Raise for models that are private already, or whose parameters are in pieces."""
@@ -280,11 +388,7 @@ def _refuse_model(model: nn.Module) -> None:
                 f"{name} is complex ({parameter.dtype}), and grad_sample_mode='bk' takes real parameters. "
                 f"Hold its real and imaginary parts, (..., 2), and use torch.view_as_complex, or freeze it."
             )
-        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
-            raise UnsupportedModelError(
-                f"{name} is a DTensor (FSDP2, tensor parallel), and grad_sample_mode='bk' takes whole "
-                f"parameters. Use DistributedDataParallel, or grad_sample_mode='ghost_fsdp'."
-            )
+    refuse_unseen_ranks(model)
 
 
 def hook_of(hook: Any) -> bool:
@@ -316,6 +420,36 @@ def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors_of(item)
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """A value with other tensors: in lists, tuples and mappings (which model outputs are) too."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(change, item) for item in value)
+    if isinstance(value, Mapping):
+        made: Any = copy.copy(value)
+        for key, item in value.items():
+            made[key] = _mapped(change, item)
+        for key, item in getattr(
+            value, "__dict__", {}
+        ).items():  # of dpzoo's outputs: the rows' losses
+            object.__setattr__(made, key, _mapped(change, item))
+        return made
+    return value
+
+
+def _first_row(rows: int, x: torch.Tensor) -> torch.Tensor:
+    return x.detach()[:1].clone() if x.ndim and len(x) == rows else x.detach()
+
+
+def _zero_row(x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(1, *x.shape[1:]) if x.ndim and not len(x) else x
+
+
+def _no_row(x: torch.Tensor) -> torch.Tensor:
+    return x[:0] if x.ndim and len(x) == 1 else x if x.ndim else x * 0  # a loss of no rows
 
 
 def _rows_of(kwargs: Any, tensors: list[torch.Tensor]) -> int:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from dpzoo.clipping.book import Book
 from dpzoo.clipping.draws import Draws
 from dpzoo.clipping.noise import NoiseSource
+from dpzoo.clipping.ranks import Ranks, scattered
 from dpzoo.clipping.rules import ClippingRule, rule_of
 from dpzoo.errors import InputError
 from dpzoo.factors import upcast
@@ -40,10 +43,14 @@ class Release:
         self.sample_rate = 1.0
         self.was_new = True
         """Whether the last step was one that has not been paid for yet."""
+        self.keeps_ledgers = True
+        """False on all ranks but the first, which makes the entries."""
         self._ledgers: dict[str, Ledger] = {}
 
     def watched_by(self, ledger: Ledger) -> Ledger:
         """Enter the coming steps in a ledger, too; the ledger of that path."""
+        if not self.keeps_ledgers:
+            return ledger
         return self._ledgers.setdefault(str(ledger.path.absolute()), ledger)
 
     def begin(self, noise_multiplier: float) -> int:
@@ -186,13 +193,20 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
     # --- sums -----------------------------------------------------------------------------------
 
-    def add_rows(self, book: Book, named: list[tuple[str, torch.Tensor]], inputs: Any = ()) -> Any:
+    def add_rows(
+        self,
+        book: Book,
+        named: list[tuple[str, torch.Tensor]],
+        inputs: Any = (),
+        whole: dict[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
         """Add the clipped rows of a backward pass to the sums.
 
         Args:
             book: what the backward pass recorded.
             named: (name, parameter) of all that are trained.
             inputs: the model's, (rows, ...) each.
+            whole: parameter -> what it is in the book, where it is something else (under FSDP2).
 
         Returns:
             (norms, clip factors or None for several), (units,) each, and how many units were left out
@@ -220,7 +234,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             )
         self.draws.take(book.rows, inputs)
         self._trained = trained
-        squared = book.squared_norms()
+        whole = whole or {}
+        by_use = book.squared_norms()
+        uses = {p: whole.get(p, p) for _, p in named}
+        squared = {p: by_use[use] for p, use in uses.items() if use in by_use}
         device = next((v.device for v in squared.values()), torch.device("cpu"))
         total = (
             torch.stack([v.to(device) for v in squared.values()]).sum(0)
@@ -232,17 +249,28 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         if self.statistics is not None:
             self.statistics.see_rows(squared, total.sqrt(), self.max_grad_norm)
         kept = None if bool(finite.all()) else finite
-        for parameter in squared:
-            weights = factors[parameter if parameter in factors else None].to(parameter.device)
-            here = None if kept is None else kept.to(parameter.device)
-            self.sums[parameter] = book.close(parameter, weights, here, self.sums.get(parameter))
-            setattr(parameter, "summed_grad", self.sums[parameter])  # noqa: B010
+        for parameter, use in uses.items():
+            if parameter in squared:
+                weights = factors[parameter if parameter in factors else None].to(use.device)
+                here = None if kept is None else kept.to(use.device)
+                self._add_up(parameter, partial(book.close, use, weights, here))
+            else:
+                self._add_up(parameter, None)
+            setattr(parameter, "summed_grad", self.sums.get(parameter))  # noqa: B010
         return total.sqrt(), factors.get(None), int((~finite).sum())
+
+    def _add_up(self, parameter: torch.Tensor, close: Callable[[Any], torch.Tensor] | None) -> None:
+        """Add a backward pass's sum to a parameter's; ``close`` is None if no row reached it."""
+        if close is not None:
+            self.sums[parameter] = close(self.sums.get(parameter))
 
     def drop(self) -> None:
         """Forget the sums, and what a `BatchMemoryManager` has announced."""
         self._forget()
         forget_skips(self)
+
+    def fail(self, error: BaseException) -> None:
+        """An error in the backward pass; `drop` has been called."""
 
     def _forget(self) -> None:
         for parameter in self.sums:
@@ -311,12 +339,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         grads = []
         for parameter in self.params:
             total = self.sums.get(parameter)
-            if total is None:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                total = torch.zeros_like(
-                    parameter, dtype=dtype, memory_format=torch.contiguous_format
-                )
-            grads.append(total)
+            grads.append(_zeros(parameter) if total is None else total)
         # A scheduler may have changed max_grad_norm since the rows were clipped.
         clipped_at = max(self._clipped_at, self.max_grad_norm)
         std = self.gradient_noise_multiplier * clipped_at
@@ -327,7 +350,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         self._forget()
         for parameter, grad in zip(self.params, grads, strict=True):
             # Rounded to the parameter's dtype after the noise, not before: that is post-processing.
-            parameter.grad = grad.to(parameter.dtype).view_as(parameter)
+            parameter.grad = _like(parameter, grad.to(parameter.dtype))
 
     def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
         """Noise for the gradients and the rule's counts: one release, of all these sums."""
@@ -348,25 +371,88 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
 
 class DistributedBookKeepingOptimizer(BookKeepingOptimizer):
-    """`BookKeepingOptimizer` for one of several processes: sums over all ranks, and noise on rank 0."""
+    """`BookKeepingOptimizer` for one of several processes: sums over all ranks, and noise on rank 0.
+
+    All ranks have rank 0's key and run; rank 0 keeps the ledger. A step that fails on one fails on all.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rank = torch.distributed.get_rank()
-        self.world_size = torch.distributed.get_world_size()
+        self.ranks = Ranks.present()
+        self.rank, self.world_size = self.ranks.rank, self.ranks.size
+        self.release.keeps_ledgers = self.rank == 0
+        self.release.load_state(self.ranks.share(self.release.state()))
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """As in one process, on the sums of all ranks.
+
+        Raises:
+            RankError: a rank did not come in time, or failed. No gradient is set.
+        """
+        try:
+            return super().pre_step(closure)
+        except BaseException as error:
+            self.drop()
+            self.fail(error)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks."""
+        self.ranks.fail(error)
+
+    def add_noise(self) -> None:
+        """As in one process, when all ranks are here."""
+        self.ranks.meet(f"step {self.release.steps + 1}")
+        super().add_noise()
 
     def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
         if self.loss_reduction == "mean":
             scale /= self.world_size
-        for grad in grads:
-            torch.distributed.all_reduce(grad)
-        # Noise is a function of the whole sums: it is drawn once, and sent to the others.
-        if self.rank == 0:
-            super()._noise_in_place(grads, std, scale)
-        else:
-            self.release.begin(self.noise_multiplier)
-        for grad in grads:
-            torch.distributed.broadcast(grad, 0)
+        with self.ranks.waiting(f"sums of step {self.release.steps + 1}"):
+            for index, (parameter, grad) in enumerate(zip(self.params, grads, strict=True)):
+                # A rank without rows knows the sum's type by the parameter's.
+                grads[index] = grad = grad.to(sum_dtype(parameter))
+                torch.distributed.reduce(grad, 0)
+            # Noise is a function of the whole sums: it is drawn once, and sent to the others.
+            if self.rank == 0:
+                super()._noise_in_place(grads, std, scale)
+            else:
+                self.release.begin(self.noise_multiplier)
+            for grad in grads:
+                torch.distributed.broadcast(grad, 0)
+        self.release.was_new = self.ranks.share(self.release.was_new)
+
+
+class ShardedBookKeepingOptimizer(DistributedBookKeepingOptimizer):
+    """`DistributedBookKeepingOptimizer` under FSDP2: each rank has its shards' sums, noise and gradients.
+
+    Sums go to their shards one parameter at a time. Each rank draws the noise of its own shards, from the
+    shared key and under its own name, which covers the sums of all shards.
+    """
+
+    def _add_up(self, parameter: Any, close: Callable[[Any], torch.Tensor] | None) -> None:
+        dtype, device = sum_dtype(parameter), parameter.device
+        whole = (
+            torch.zeros(parameter.shape, dtype=dtype, device=device)
+            if close is None
+            else close(None)
+        )
+        with self.ranks.waiting("sums of a backward pass"):
+            shard = scattered(whole.to(dtype), parameter)
+        total = self.sums.get(parameter)
+        self.sums[parameter] = shard if total is None else total.add_(shard)
+
+    def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
+        if self.loss_reduction == "mean":
+            scale /= self.world_size
+        noise = self.release.noise
+        digest = b"".join(self.ranks.meet("digests", noise.digest(grads)))
+        step = self.release.begin(self.noise_multiplier)
+        shard = f"gradients of shard {self.rank} of {self.world_size}"
+        name = noise.add(grads, std, scale, step=step, digest=digest, domain=shard)
+        self.release.commit(name)
+        # Nothing is released before rank 0 has entered it.
+        self.release.was_new = self.ranks.meet("entry in the ledger", self.release.was_new)[0]
 
 
 class OpacusStep:
@@ -436,3 +522,28 @@ def source_of(generator: torch.Generator | None) -> NoiseSource:
         return NoiseSource()
     drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
     return NoiseSource.insecure(int(drawn))
+
+
+def sum_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The type of a parameter's sum and noise."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
+    """The sum of no rows: of this rank's shard, under FSDP2."""
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return torch.zeros(own.shape, dtype=sum_dtype(parameter), device=own.device)
+
+
+def _like(parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """A gradient in a parameter's shape, and under FSDP2 a shard's as a part of the whole."""
+    if not isinstance(parameter, DTensor):
+        return grad.view_as(parameter)
+    return DTensor.from_local(
+        grad,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -8,10 +8,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dpzoo.accounting import epsilon_of
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
 from dpzoo.integrations.state import LEDGER_NAME, History, PrivacyState
@@ -27,10 +27,11 @@ class Account:
     Args:
         mechanism: an Opacus accountant's, "prv" or "rdp".
         folder: where the ledger is kept.
+        enters: whether steps are entered in the ledger: by the first of several processes alone.
     """
 
-    def __init__(self, mechanism: str, folder: str) -> None:
-        self.mechanism = mechanism
+    def __init__(self, mechanism: str, folder: str, *, enters: bool = True) -> None:
+        self.mechanism, self.enters = mechanism, enters
         self.run = secrets.token_hex(8)
         self.begun = 0
         """Steps that were begun, by this process or by a killed one whose run it goes on with."""
@@ -51,6 +52,9 @@ class Account:
     @property
     def history(self) -> History:
         """(noise multiplier, sample rate, steps) of everything that was spent."""
+        if not self.enters and self.noise_multiplier is not None and not self.ledger.path.exists():
+            # On another machine than the ledger.
+            return [(self.noise_multiplier, self.sample_rate or 1.0, self.begun)] * bool(self.begun)
         return self.ledger.paid(self.run) if self.begun else []
 
     @property
@@ -73,12 +77,13 @@ class Account:
         """Enter step ``number``, counted from 1, before it is taken."""
         assert self.noise_multiplier is not None
         assert self.sample_rate is not None
-        self.ledger.begin(
-            self.run,
-            number,
-            noise_multiplier=self.noise_multiplier,
-            sample_rate=self.sample_rate,
-        )
+        if self.enters:
+            self.ledger.begin(
+                self.run,
+                number,
+                noise_multiplier=self.noise_multiplier,
+                sample_rate=self.sample_rate,
+            )
         self.begun = max(self.begun, number)
 
     def refuse_other_runs(self, folder: str) -> None:
@@ -143,14 +148,3 @@ def noise_for(mechanism: str, epsilon: float, delta: float, rate: float, steps: 
             accountant=mechanism,
         )
     )
-
-
-# An accountant may take a second for its answer, and it is asked at every log and checkpoint.
-@functools.lru_cache(maxsize=1024)
-def epsilon_of(
-    mechanism: str, history: tuple[tuple[float, float, int], ...], delta: float
-) -> float:
-    """Epsilon of a history of (noise multiplier, sample rate, steps), by one of Opacus' accountants."""
-    accountant = create_accountant(mechanism)
-    accountant.history = list(history)
-    return max(0.0, float(accountant.get_epsilon(delta)))  # a bound may be below 0: much noise

@@ -149,7 +149,10 @@ setattr(PrivacyArguments, "__init__", _old_name(PrivacyArguments.__init__))  # n
 
 # --- TrainingArguments --------------------------------------------------------------------------
 
-_ONE_PROCESS = "one process on one device: noise and batches are drawn once. Use Opacus' own loop"
+_WHOLE = (
+    "none: DPTrainer has the whole model on every rank (DDP). For FSDP2 use dpzoo.PrivacyEngine in a loop "
+    "of your own: docs/distributed.md"
+)
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fp16": (
@@ -160,10 +163,13 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda a: a.n_gpu > 1,
         "1: nn.DataParallel has no per-row gradients. Set CUDA_VISIBLE_DEVICES to one device",
     ),
-    "world_size": (lambda a: a.world_size > 1, _ONE_PROCESS),
-    "deepspeed": (lambda a: a.deepspeed, _ONE_PROCESS),
-    "fsdp": (lambda a: a.fsdp, _ONE_PROCESS),
-    "parallelism_config": (lambda a: a.parallelism_config is not None, _ONE_PROCESS),
+    "deepspeed": (lambda a: a.deepspeed, _WHOLE),
+    "fsdp": (lambda a: a.fsdp, _WHOLE),
+    "parallelism_config": (lambda a: a.parallelism_config is not None, _WHOLE),
+    "include_num_input_tokens_seen": (
+        lambda a: a.world_size > 1 and a.include_num_input_tokens_seen not in (False, "no"),
+        "'no' in several processes: it waits for the others once a part, and ranks have different parts",
+    ),
     "torch_compile": (lambda a: a.torch_compile, "False: a compiled model has no layers to watch"),
     "use_liger_kernel": (
         lambda a: a.use_liger_kernel,
@@ -221,23 +227,31 @@ def private_arguments(args: TrainingArguments, mode: str) -> tuple[TrainingArgum
     """The arguments as Trainer's loop is to see them, and the rows of a physical batch.
 
     Trainer's loop counts batches, and a logical batch is one of them: in the copy that is returned,
-    ``per_device_train_batch_size`` is the logical batch and ``gradient_accumulation_steps`` is 1.
+    ``per_device_train_batch_size`` is the logical batch, of all processes together, and
+    ``gradient_accumulation_steps`` is 1.
 
     Args:
         args: the user's.
         mode: the ``grad_sample_mode``; decides the kind of activation checkpointing.
 
     Raises:
-        InputError: a field in `REFUSED`, or a kind of activation checkpointing that loses gradients.
+        InputError: a field in `REFUSED`, several processes in another mode than "bk", or a kind of
+            activation checkpointing that loses gradients.
     """
     for name, (applies, wanted) in REFUSED.items():
         if applies(args):
             raise InputError(
                 f"DPTrainer got TrainingArguments.{name}={getattr(args, name)!r}, wanted {wanted}."
             )
+    if args.world_size > 1 and mode != "bk":
+        raise InputError(
+            f"DPTrainer got {args.world_size} processes in grad_sample_mode={mode!r}, wanted mode 'bk', "
+            f"which adds up the sums of all and draws the noise once. Leave grad_sample_mode out."
+        )
     physical, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
     copied = copy.copy(args)
-    copied.per_device_train_batch_size = physical * parts
+    copied.per_device_train_batch_size = physical * parts * args.world_size
+    copied.ddp_find_unused_parameters = False  # DDP waits for no gradients here
     copied.gradient_accumulation_steps = 1
     copied.max_grad_norm = 0.0
     # The newer name of two; the older one follows it from transformers 5.23 on.

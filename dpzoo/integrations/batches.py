@@ -36,8 +36,11 @@ class PoissonBatches(Sampler[list[int]]):
             counter begins at t * 2^192, so that no two steps share one. None takes fresh ones from the
             operating system, every time.
         current_step: gives the number of steps done so far, read when an epoch begins.
+        rank: of this process: it gets every ``ranks``-th row of each draw.
+        ranks: processes that draw alike, with one key.
 
     Guarantees:
+        The rows that all ranks have of a step are the draw of one process, each once.
         The batch of step t is drawn for step t alone. In a resumed epoch the first batches are those
         that were taken before, for the loop to pass over.
     """
@@ -49,7 +52,10 @@ class PoissonBatches(Sampler[list[int]]):
         steps: int,
         key: int | None,
         current_step: Callable[[], int],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        self.rank, self.ranks = rank, ranks
         self.rows, self.sample_rate, self.steps, self.key = rows, sample_rate, steps, key
         self._current_step = current_step
         self._began = False
@@ -72,7 +78,7 @@ class PoissonBatches(Sampler[list[int]]):
             first -= first % self.steps
             self._began = True
         for step in range(first, first + self.steps):
-            yield [step, *self.draw(step)]
+            yield [step, *self.draw(step)[self.rank :: self.ranks]]
 
     def __len__(self) -> int:
         return self.steps
@@ -86,13 +92,21 @@ class LogicalBatches(Dataset[Any]):
         collate: a list of rows -> a dict of tensors.
         physical: rows that a part has at most.
         key: secret; what loading and collating draw from Python's, numpy's and torch's global generators
-            follows from it and from the step's number, and so does which rows of a unit are taken.
+            follows from it, from the step's number and from the rank; which rows of a unit are taken, from
+            the key and the step.
+        rank: of this process.
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], physical: int, key: int
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        physical: int,
+        key: int,
+        rank: int = 0,
     ) -> None:
         self.dataset, self.collate, self.physical, self.key = dataset, collate, physical, key
+        self.rank = rank
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -113,7 +127,7 @@ class LogicalBatches(Dataset[Any]):
             if not cuts or len(cuts[-1]) + len(rows) > self.physical:
                 cuts.append([])
             cuts[-1].extend(rows)
-        with seeded(self.key, step, 0):
+        with seeded(self.key, step, 2 * self.rank):
             parts = [self.collate(rows_of(of, cut)) for cut in cuts]
         return {"step": step, "rows": sum(map(len, chosen)), "units": units, "parts": parts}
 

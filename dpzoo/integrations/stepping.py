@@ -39,6 +39,7 @@ class PrivateStep:
         rows: of the training data; or units.
         logical: the expected rows, or units, of a batch.
         device: the model's.
+        ranks: processes, each with the whole model.
 
     Raises:
         InputError: an optimizer that is private already, or of other parameters.
@@ -55,12 +56,13 @@ class PrivateStep:
         rows: int,
         logical: int,
         device: torch.device,
+        ranks: int = 1,
     ) -> None:
         _refuse_optimizer(optimizer, model)
         self._mode = privacy.grad_sample_mode
         # The engine wants a loader for its length. The batches come from PoissonBatches.
         counted = DataLoader(TensorDataset(torch.empty(rows, 0)), batch_size=logical)
-        engine.dataset = None
+        engine.dataset, engine.replicated = None, ranks > 1
         self._hooks, self.optimizer, *criterion, _ = engine.make_private(
             module=model,
             optimizer=optimizer,
@@ -74,7 +76,7 @@ class PrivateStep:
         )
         self.criterion: Any = criterion[0] if criterion else RowLosses()
         # Opacus rounds both to whole batches an epoch.
-        self.optimizer.expected_batch_size = logical
+        self.optimizer.expected_batch_size = logical / ranks
         self.release = self.optimizer.release
         self.release.sample_rate = logical / rows
         if privacy.noise_seed is not None:

@@ -14,11 +14,13 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,10 +31,12 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
+from dpzoo.accounting import epsilon_of
 from dpzoo.clipping import PrivacyEngine
+from dpzoo.clipping.ranks import Ranks, silence
 from dpzoo.clipping.units import UnitRows
 from dpzoo.errors import InputError
-from dpzoo.integrations.accounting import Account, epsilon_of
+from dpzoo.integrations.accounting import Account
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
 from dpzoo.integrations.batches import (
     LogicalBatches,
@@ -66,8 +70,9 @@ class DPTrainer(Trainer):
                             privacy=PrivacyArguments(target_epsilon=8.0, clipping_norm=0.1))
         trainer.train()
 
-    The logical batch has ``per_device_train_batch_size * gradient_accumulation_steps`` rows on average,
-    of which ``per_device_train_batch_size`` at most are in memory at a time. The rest is Trainer's: it
+    The logical batch has ``per_device_train_batch_size * gradient_accumulation_steps`` rows on average, and
+    under torchrun or accelerate launch (DDP) that many for each process. A process has at most
+    ``per_device_train_batch_size`` of them in memory at a time. The rest is Trainer's: it
     evaluates, predicts, logs, saves stock checkpoints and resumes.
 
     Args:
@@ -116,8 +121,18 @@ class DPTrainer(Trainer):
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.privacy = privacy
         args, self._physical_rows = private_arguments(args, privacy.grad_sample_mode)
+        if privacy.secure_mode and args.world_size > 1:
+            raise InputError(
+                f"DPTrainer got secure_mode=True in {args.world_size} processes, wanted False: ranks take "
+                f"their shares of one draw, which each makes from a secret key that all have."
+            )
+        if privacy.unit_column is not None and args.world_size > 1:
+            raise InputError(
+                f"DPTrainer got unit_column={privacy.unit_column!r} in {args.world_size} processes, wanted "
+                f"one: that the draw of units over ranks is one Poisson draw has not been tested."
+            )
         self._engine = PrivacyEngine(accountant=privacy.accountant, secure_mode=privacy.secure_mode)
-        self._account = Account(privacy.accountant, args.output_dir)
+        self._account = Account(privacy.accountant, args.output_dir, enters=args.process_index == 0)
         self._batch_key = batch_key(privacy.noise_seed)
         self._step: PrivateStep | None = None
         self._noise_state: dict[str, Any] | None = None
@@ -309,6 +324,11 @@ class DPTrainer(Trainer):
             self._begin()
         for warning in self.plan().warnings:
             log.warning("Before training: %s.", warning)
+        if self.args.world_size > 1:
+            # On the CPU transformers does not hand the time-out on.
+            ranks = Ranks.present(timedelta(seconds=self.args.ddp_timeout))
+            shared = self._account.run, self._batch_key
+            self._account.run, self._batch_key = ranks.share(shared)
         self.optimizer, self.lr_scheduler = self._given
         with _true_banner(self._physical_rows, self.args.per_device_train_batch_size):
             try:
@@ -384,6 +404,7 @@ class DPTrainer(Trainer):
             rows=self._rows,
             logical=self.args.per_device_train_batch_size,
             device=self.args.device,
+            ranks=self.args.world_size,
         )
         release = self._step.release
         if self._noise_state is not None:
@@ -407,6 +428,8 @@ class DPTrainer(Trainer):
         )
         self.optimizer = self._step.optimizer
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            silence(self.model_wrapped)
         self._unwrap_forward()
         return prepared
 
@@ -433,8 +456,9 @@ class DPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Logical batches: Poisson samples, each in collated parts."""
         args = self.args
+        rank, ranks = args.process_index, args.world_size
         batches = LogicalBatches(
-            self._drawn_from, self._collate(), self._physical_rows, self._batch_key
+            self._drawn_from, self._collate(), self._physical_rows, self._batch_key, rank
         )
         sampler = PoissonBatches(
             self._rows,
@@ -442,6 +466,8 @@ class DPTrainer(Trainer):
             math.ceil(self._rows / args.per_device_train_batch_size),
             None if self.privacy.secure_mode else self._batch_key,
             lambda: self.state.global_step,
+            rank,
+            ranks,
         )
         return DataLoader(
             batches,
@@ -493,7 +519,7 @@ class DPTrainer(Trainer):
         model.train()
         total, rows = torch.zeros((), device=self.args.device), 0
         private.begin(inputs["rows"], inputs["units"])
-        with seeded(self._batch_key, number, 1):  # dropout
+        with seeded(self._batch_key, number, 1 + 2 * self.args.process_index):  # dropout
             for i, part in enumerate(parts):
                 with self.compute_loss_context_manager():
                     losses = self._row_losses(model, self._prepare_inputs(part))
@@ -608,11 +634,13 @@ class DPTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        first, several = self.args.process_index == 0, self.args.world_size > 1
         os.makedirs(folder, exist_ok=True)
         # A checkpoint without the optimizer's state, or with batches that cannot be drawn again, is not
         # one to resume from.
         if (
-            self._step is not None
+            first
+            and self._step is not None
             and not self.privacy.secure_mode
             and not self.args.save_only_model
         ):
@@ -626,7 +654,10 @@ class DPTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self._account.state(step, self._settings(), digests(folder)).save(folder)
+        if several:
+            Ranks.present().meet("checkpoint")  # the ranks' own files are written
+        if first:
+            self._account.state(step, self._settings(), digests(folder)).save(folder)
         if limit is not None and self.args.should_save:
             rotate_checkpoints(
                 output_dir=self._get_output_dir(trial=trial),

@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from dpzoo import heads
+from dpzoo.accounting import epsilon_of
 from dpzoo.errors import InputError
 from dpzoo.integrations import DPTrainer, Plan, PrivacyArguments, PrivacyCard, StatisticsCallback
-from dpzoo.integrations.accounting import epsilon_of, noise_for
+from dpzoo.integrations.accounting import noise_for
 from dpzoo.integrations.inputs import per_sample
 from dpzoo.integrations.plan import cost_of, duration, fixed_bytes
 from dpzoo.training.data import (

@@ -1,7 +1,7 @@
-"""Accuracy of a private head on a frozen encoder, at several epsilons and seeds, features read once.
+r"""Accuracy of a private head on a frozen encoder, at several epsilons and seeds, features read once.
 
-    PYTHONPATH=examples python examples/studies/head_study.py --data sst2/train.tsv \\
-        --eval sst2/dev.tsv --out study --epsilons 1,3,8
+    PYTHONPATH=examples python examples/studies/head_study.py --data sst2/train.tsv --eval sst2/dev.tsv \
+        --out study --epsilons 1,3,8
 
 Each figure is what `dpzoo train FILE --train head --epsilon E` gives: the same features, the same training.
 Published beside each other, the runs' epsilons add up: this is for measuring, on data that are public.

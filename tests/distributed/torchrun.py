@@ -13,13 +13,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_two_processes(command: Sequence[str], log: Path, *, patience: int = 300) -> str:
+def run_two_processes(
+    command: Sequence[str], log: Path, *, patience: int = 300, processes: int = 2
+) -> str:
     """``torchrun --standalone --nproc-per-node 2 COMMAND``; fails the test if that fails.
 
     Args:
         command: what follows on torchrun's command line.
         log: a file for what the processes print.
         patience: seconds after which they are ended.
+        processes: how many, if not two.
 
     Returns:
         What they printed.
@@ -35,7 +38,7 @@ def run_two_processes(command: Sequence[str], log: Path, *, patience: int = 300)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*torchrun, "--nproc-per-node", "2", *command],
+            [*torchrun, "--nproc-per-node", str(processes), *command],
             cwd=ROOT,
             env=environment,
             stdout=file,

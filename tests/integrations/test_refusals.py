@@ -77,10 +77,9 @@ def test_privacy_is_asked_for(given: Any, start: Any, tmp_path: Path) -> None:
 FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"fp16": True}, "fp16=True, wanted False: its GradScaler multiplies .* Use bf16=True"),
     ({"_n_gpu": 2}, "n_gpu=2, wanted 1: nn.DataParallel .* Set CUDA_VISIBLE_DEVICES"),
-    ({"world_size": 2}, "world_size=2, wanted one process on one device"),
-    ({"deepspeed": {"a": 1}}, "deepspeed=.*, wanted one process on one device"),
-    ({"fsdp": ["full_shard"]}, "fsdp=.*, wanted one process on one device"),
-    ({"parallelism_config": object()}, "parallelism_config=.*, wanted one process on one device"),
+    ({"deepspeed": {"a": 1}}, "deepspeed=.*, wanted none: .* the whole model on every rank"),
+    ({"fsdp": ["full_shard"]}, "fsdp=.*, wanted none: .* For FSDP2 use dpzoo.PrivacyEngine"),
+    ({"parallelism_config": object()}, "parallelism_config=.*, wanted none"),
     ({"torch_compile": True}, "torch_compile=True, wanted False: a compiled model"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True, wanted False: its layers"),
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0, wanted None: its noise depends"),
@@ -104,15 +103,30 @@ def test_training_arguments(
 ) -> None:
     args = arguments(tmp_path)
     (name, value), *_ = fields.items()
-    if name == "world_size":  # not a field: computed from the environment
-        args = copy.copy(args)
-        args.__class__ = type("Two", (type(args),), {"world_size": 2})
-    elif name == "optim":
+    if name == "optim":
         args = arguments(tmp_path, optim=value)
     else:
         setattr(args, name, value)
     with pytest.raises(dpzoo.InputError, match=f"DPTrainer got TrainingArguments.{message}"):
         DPTrainer(model=start, args=args, train_dataset=Rows(BERT), privacy=privacy())
+
+
+@pytest.mark.parametrize(
+    ("mode", "tokens", "message"),
+    [
+        ("ghost", "no", "got 2 processes in grad_sample_mode='ghost', wanted mode 'bk'"),
+        ("bk", "all", "include_num_input_tokens_seen='all', wanted 'no' in several processes"),
+    ],
+)
+def test_several_processes(
+    mode: str, tokens: str, message: str, start: Any, tmp_path: Path
+) -> None:
+    args = copy.copy(arguments(tmp_path, include_num_input_tokens_seen=tokens))
+    args.__class__ = type("Two", (type(args),), {"world_size": 2})
+    with pytest.raises(dpzoo.InputError, match=message):
+        DPTrainer(
+            model=start, args=args, train_dataset=Rows(BERT), privacy=privacy(grad_sample_mode=mode)
+        )
 
 
 def test_checkpoint_folders_are_not_published(start: Any, tmp_path: Path) -> None:

@@ -1,0 +1,9 @@
+"""The empirical audit: what a whole training run gives away, measured on canaries.
+
+`dpzoo.audit` proves that a step is right; this bounds from below what all steps together released.
+"""
+
+from dpzoo.empirical.canaries import Canaries, Trace
+from dpzoo.empirical.one_run import Bound, RunReport, audit_run
+
+__all__ = ["Bound", "Canaries", "RunReport", "Trace", "audit_run"]
