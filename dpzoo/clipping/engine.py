@@ -137,8 +137,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if units is not None and torch.distributed.is_initialized():
             raise InputError(
                 "make_private got unit_ids in several processes (torch.distributed is initialized), wanted "
-                "one: that the draw of units over ranks is one Poisson draw has not been tested. Train in one "
-                "process, or leave out unit_ids: the unit is then the row."
+                "one: that the draw of units over ranks is one Poisson draw has not been tested. Train in "
+                "one process, or leave out unit_ids: the unit is then the row."
             )
         if self._keyed and noise_generator is not None:
             raise InputError(
