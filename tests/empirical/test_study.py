@@ -1,4 +1,4 @@
-"""examples/studies/empirical_audit.py, the study of docs/empirical-audit.md, with one seed of what it shows."""
+"""The study of docs/empirical-audit.md, examples/studies/empirical_audit.py, with one seed of it."""
 
 import importlib.util
 from pathlib import Path
