@@ -1,4 +1,4 @@
-"""examples/empirical_audit.py, the study of docs/empirical-audit.md, with one seed of what it shows."""
+"""The study of docs/empirical-audit.md, examples/studies/empirical_audit.py, with one seed of it."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def study() -> Any:
-    spec = importlib.util.spec_from_file_location("study", ROOT / "examples" / "empirical_audit.py")
+    spec = importlib.util.spec_from_file_location(
+        "study", ROOT / "examples" / "studies" / "empirical_audit.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """What the empirical audit finds: a right private training, and five that are not, with many seeds.
 
-    python examples/empirical_audit.py --seeds 100
+    python examples/studies/empirical_audit.py --seeds 100
 
 A logistic regression trains on 500 random rows and 1,000 canaries, of which coins put about half in. Each
 canary has a feature of its own, so that its gradient is orthogonal to all others. The table says how often
