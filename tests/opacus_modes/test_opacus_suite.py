@@ -21,7 +21,7 @@ from hypothesis import settings
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import dpzoo
+from dpzoo import PrivacyEngine
 
 CLASSES = {
     "privacy_engine_test": (
@@ -96,7 +96,7 @@ def _cases() -> Iterator[type]:
     try:
         for name, classes in CLASSES.items():
             module: Any = importlib.import_module(f"opacus.tests.{name}")
-            module.PrivacyEngine = dpzoo.PrivacyEngine
+            module.PrivacyEngine = PrivacyEngine
             for kind in classes:
                 yield getattr(module, kind)
     finally:
