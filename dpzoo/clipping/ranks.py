@@ -201,7 +201,7 @@ class Shards:
         self._events: list[
             tuple[bool, Any]
         ] = []  # (left, not entered; module), since the last backward
-        self._position, self._finish = 0, lambda: None
+        self._position, self._finish, self._finishing = 0, lambda: None, False
         for name, parameter in self.named:
             _refuse_placement(name, parameter)
 
@@ -248,11 +248,13 @@ class Shards:
         Args:
             finish: called before a layer's parameters go.
         """
-        self._position, self._finish = len(self._events), finish
+        self._position, self._finish, self._finishing = len(self._events), finish, False
         yield
         self._back_to(0)
 
     def _back_to(self, place: int) -> None:
+        if self._finishing:
+            return
         while self._position > place:
             self._position -= 1
             left, module = self._events[self._position]
@@ -262,7 +264,9 @@ class Shards:
                     module.unshard()
                     module.set_unshard_in_backward(False)
                 else:
+                    self._finishing = True  # it may run parts of the graph again, and their hooks
                     self._finish()
+                    self._finishing = False
                     module.reshard()
 
 
