@@ -38,6 +38,12 @@ def is_expanded(weight: Any) -> bool:
     return hasattr(weight, "orig_weight")
 
 
+def unexpanded(tensor: torch.Tensor) -> torch.Tensor:
+    """The parameter for which ExpandedWeights has put this tensor; or the tensor itself."""
+    own: torch.Tensor = vars(tensor).get("orig_weight", tensor)  # it answers no other question
+    return own
+
+
 def is_private(parameter: torch.Tensor) -> bool:
     """Whether Opacus computes a parameter's per-sample gradients."""
     return counts_uses(getattr(parameter, "orig_weight", parameter))

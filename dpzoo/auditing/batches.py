@@ -138,17 +138,16 @@ class Batch:
         }
 
     def shorter(self, rows: Sequence[int]) -> "Batch":
-        """With the second half of some rows' positions masked."""
+        """With the second half of each sequence of some rows masked."""
 
         def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
             if name not in self.masks():
                 return tensor
             tensor = tensor.clone()
             for row in rows:
-                flat = tensor[row].reshape(-1)
-                counted = flat.nonzero().flatten()
-                flat[counted[(len(counted) + 1) // 2 :]] = 0
-                tensor[row] = flat.reshape(tensor[row].shape)
+                for sequence in tensor[row].view(-1, tensor.shape[-1]):
+                    counted = sequence.nonzero().flatten()
+                    sequence[counted[(len(counted) + 1) // 2 :]] = 0
             return tensor
 
         return self.map(change)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.opacus_internals import unexpanded
 
 _NORMS = nn.modules.batchnorm._NormBase
 
@@ -79,8 +80,7 @@ class FrozenWatch:
     def _watched(self) -> dict[str, torch.Tensor]:
         watched = dict(self._model.named_buffers())
         watched.update(self._model.named_parameters())
-        # In mode "ew" a forward has ExpandedWeights in the place of parameters; they answer no question.
-        return {name: vars(tensor).get("orig_weight", tensor) for name, tensor in watched.items()}
+        return {name: unexpanded(tensor) for name, tensor in watched.items()}
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._depth += 1

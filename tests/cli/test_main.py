@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_an_interruption_is_said_and_has_its_status(
     monkeypatch.setattr("dpzoo.cli.list.run", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "dpzoo: interrupted\n"
+
+
+@pytest.fixture(autouse=True)
+def ordinary_signals() -> Iterator[None]:
+    """As at a terminal: a process that is started in the background ignores some."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    ways = (signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler)
+    before = [signal.signal(n, way) for n, way in zip(numbers, ways, strict=True)]
+    yield
+    for number, way in zip(numbers, before, strict=True):
+        signal.signal(number, way)
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
