@@ -236,7 +236,9 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         self._trained = trained
         whole = whole or {}
         by_use = book.squared_norms()
-        uses = {p: whole.get(p, p) for _, p in named}
+        # Large tables, which come first in a model, last: what other layers hold is free by then. One order
+        # on all ranks, because FSDP2 adds up parameter by parameter.
+        uses = {p: whole.get(p, p) for _, p in reversed(named)}
         squared = {p: by_use[use] for p, use in uses.items() if use in by_use}
         device = next((v.device for v in squared.values()), torch.device("cpu"))
         total = (
