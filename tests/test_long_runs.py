@@ -25,27 +25,27 @@ pytestmark = pytest.mark.slow
 
 
 class Watch:
-    """Resident memory, and the time of a step, over a run."""
+    """Resident memory, and the processor time of a step, over a run."""
 
     def __init__(self) -> None:
         self.memory: list[int] = []
         self.seconds: list[float] = []
-        self.last = time.perf_counter()
+        self.last = time.process_time()
 
     def step(self) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         self.seconds.append(now - self.last)
         if len(self.seconds) % EACH == 0:
             gc.collect()
             self.memory.append(psutil.Process().memory_info().rss)
-        self.last = time.perf_counter()
+        self.last = time.process_time()
 
     def assert_flat(self) -> None:
         assert len(self.seconds) == STEPS
         # The first tenth fills caches and arenas.
         begin = max(self.memory[STEPS // EACH // 10 : STEPS // EACH // 5])
         assert max(self.memory[-3:]) <= 1.02 * begin, [one >> 20 for one in self.memory]
-        # Other processes share the machine: the fastest steps of each part are the program's own.
+        # Other processes share the caches: the fastest steps of each part are the program's own.
         part = STEPS // 5
         early, late = (
             statistics.quantiles(times, n=10)[0]
