@@ -1,12 +1,12 @@
-"""What a step of a Llama-like model costs in dpzoo, opake, Opacus' hooks and without privacy: one interleaved run.
+"""A step of a Llama-like model in dpzoo, opake, Opacus' hooks and without privacy: one interleaved run.
 
     pip install opake torchopt optree    # docs/comparison.md was made with opake 0.16.1
     python examples/others/cost.py --shapes 8x128,2x512
 
 The model is a stock `LlamaForCausalLM` of random weights: 4 layers of width 768, 32,000 words, tied. A step
 computes the clipped sum (or, without privacy, the gradient) and applies SGD; no noise. JetBrains' DPTrainer
-runs Opacus' hooks, which are measured here without its Trainer around them. Times are medians; memory is the
-peak of a process of its own above what it held before the model.
+runs Opacus' hooks, which are measured here without its Trainer around them. Times are medians; memory is
+the peak of a process of its own above what it held before the model.
 """
 
 import argparse
