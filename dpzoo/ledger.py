@@ -140,18 +140,18 @@ class Ledger:
         """
         with self._mutex:
             self._read()
-            counts: dict[Price, int] = defaultdict(int)
-            for step, prices in self._steps.get(run, {}).items():
+            counts = dict(self._totals[run])
+            for step, prices in self._steps.get(run, {}).items() if after else ():
                 for price, digests in prices.items():
-                    if step > after:
-                        counts[price] += max(1, len(digests))
-            return [(noise, rate, count) for (noise, rate), count in counts.items()]
+                    if step <= after:
+                        counts[price] -= max(1, len(digests))
+            return [(noise, rate, count) for (noise, rate), count in counts.items() if count]
 
     def steps(self, run: str) -> int:
         """The largest number of a step that the run has begun; 0 if there is none."""
         with self._mutex:
             self._read()
-            return max(self._steps.get(run, {}), default=0)
+            return self._last[run]
 
     @property
     def head(self) -> str:
@@ -190,6 +190,9 @@ class Ledger:
         self._file: tuple[int, int] | None = None
         # run -> step -> price -> digests
         self._steps: dict[str, dict[int, dict[Price, set[str]]]] = defaultdict(dict)
+        # Counted here, or each step would go through all before it:
+        self._totals: dict[str, dict[Price, int]] = defaultdict(lambda: defaultdict(int))
+        self._last: dict[str, int] = defaultdict(int)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -307,8 +310,11 @@ class Ledger:
                 )
         else:
             run, step, noise, rate, *digests = entry
-            prices = self._steps[run].setdefault(step, {})
-            prices.setdefault((noise, rate), set()).update(digests)
+            prices, price = self._steps[run].setdefault(step, {}), (noise, rate)
+            before = max(1, len(prices[price])) if price in prices else 0
+            prices.setdefault(price, set()).update(digests)
+            self._totals[run][price] += max(1, len(prices[price])) - before
+            self._last[run] = max(self._last[run], step)
         self._lines, self._chain = number, match[2].decode()
         self._end += len(line) + 1
 
