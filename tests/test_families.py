@@ -69,12 +69,18 @@ def test_sixty() -> None:
     assert set(NAMES) <= set(families.architectures())
 
 
-@pytest.mark.parametrize("name", NAMES)
+def _slow(names: list[str]) -> list[Any]:
+    """Swin shifts its windows: a step of it takes longer than all others together."""
+    slow = "image-classification/swin"
+    return [pytest.param(n, marks=pytest.mark.slow) if n == slow else n for n in names]
+
+
+@pytest.mark.parametrize("name", _slow(NAMES))
 def test_exact(name: str) -> None:
     assert_exact(families.examine(name, ["bk"]))
 
 
-@pytest.mark.parametrize("name", COINCIDING)
+@pytest.mark.parametrize("name", _slow(COINCIDING))
 def test_exact_where_sizes_coincide(name: str) -> None:
     assert_exact(families.examine(name, ["bk"], families.COINCIDING))
 
