@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 import dpzoo
+from dpzoo.clipping.engine import _refuse_equal_ranks
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.errors import InputError, UnsupportedModelError
 
@@ -715,3 +717,23 @@ def test_a_sum_belongs_to_its_optimizer() -> None:
     run.optimizer.step()
     assert all(float(p.detach().abs().max()) < 10 for p in run.model.parameters())
     assert isinstance(run.optimizer, BookKeepingOptimizer)
+
+
+def test_ranks_with_equal_seeds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would draw the same rows together; two processes are played by what they tell each other."""
+    others: list[int] = []
+
+    def gather(seen: list[Any], own: int) -> None:
+        seen[:] = [own, *others]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    two = types.SimpleNamespace(world_size=2)
+    torch.manual_seed(5)
+    others[:] = [6]
+    _refuse_equal_ranks(two)
+    others[:] = [5]
+    with pytest.raises(
+        InputError, match=r"Ranks have equal seeds \(\[5, 5\]\).*another seed in each"
+    ):
+        _refuse_equal_ranks(two)
