@@ -21,8 +21,12 @@ from dpzoo.factors import (
     upcast,
 )
 
-CANCELLED = 1e-4
-"""A row's squared norm is computed once more in float64 where rounding may be more of it than this."""
+CANCELLED = 1e-3
+"""A row's squared norm is computed once more in float64 where rounding may be more of it than this.
+
+Below it the bound stands for the norm, and a row is clipped to less than C by up to half of this. In float32
+a row of t positions that have nothing in common is at 3.5e-7 t; opposing positions are above it at any length.
+"""
 
 
 class Region(NamedTuple):

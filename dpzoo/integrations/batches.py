@@ -11,10 +11,11 @@ change, in a known way, the randomness of the rows after it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,8 @@ class PoissonBatches(Sampler[list[int]]):
 class LogicalBatches(Dataset[Any]):
     """A data set whose batches come collated, in parts of at most ``physical`` rows, of whole units.
 
+    Rows of like length share a part, so that little of it is padding. No sum depends on how a draw is cut.
+
     Args:
         dataset: the rows, or the units, of which none has more than ``physical`` rows.
         collate: a list of rows -> a dict of tensors.
@@ -122,14 +125,24 @@ class LogicalBatches(Dataset[Any]):
         if isinstance(of, UnitRows):
             units, choose = of.draw(drawn), keyed_choice(self.key, step)
             chosen, of = [of.chosen(unit, choose) for unit in units], of.dataset
-        cuts: list[list[int]] = []
-        for rows in chosen:
-            if not cuts or len(cuts[-1]) + len(rows) > self.physical:
-                cuts.append([])
-            cuts[-1].extend(rows)
+        sizes: list[int] = []
+        for own in chosen:
+            if not sizes or sizes[-1] + len(own) > self.physical:
+                sizes.append(0)
+            sizes[-1] += len(own)
         with seeded(self.key, step, 2 * self.rank):
-            parts = [self.collate(rows_of(of, cut)) for cut in cuts]
+            rows = rows_of(of, [index for own in chosen for index in own])
+            if units is None:  # a unit's rows stay together
+                rows.sort(key=_length)
+            rest = iter(rows)
+            parts = [self.collate(list(itertools.islice(rest, size))) for size in sizes]
         return {"step": step, "rows": sum(map(len, chosen)), "units": units, "parts": parts}
+
+
+def _length(row: Any) -> int:
+    """Tokens of a row; 0 if it does not say."""
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    return len(ids) if isinstance(ids, Sized) and getattr(ids, "ndim", 1) else 0
 
 
 def batch_key(seed: int | None) -> int:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 import dpzoo
-from dpzoo.integrations.batches import PoissonBatches
+from dpzoo.integrations.batches import LogicalBatches, PoissonBatches
 from tests.integrations.runs import (
     BERT,
     LM,
@@ -192,6 +192,20 @@ def test_batches_are_poisson_samples_and_differ() -> None:
     assert PoissonBatches(1000, 0.1, 10, 8, lambda: 0).draw(3) != batches[3]
     fresh = PoissonBatches(1000, 0.1, 10, None, lambda: 0)
     assert fresh.draw(3) != fresh.draw(3)  # the operating system's
+
+
+def test_rows_of_like_length_share_a_part() -> None:
+    """Every row of the draw once, in parts as large as before, and the longest together."""
+    lengths = [9, 2, 7, 1, 8, 3, 1, 6]
+    rows = [{"input_ids": [0] * length, "labels": i} for i, length in enumerate(lengths)]
+    batch = LogicalBatches(rows, lambda part: part, physical=3, key=1).__getitems__([5, *range(8)])
+    assert batch["rows"] == 8
+    parts = [[len(row["input_ids"]) for row in part] for part in batch["parts"]]
+    assert parts == [[1, 1, 2], [3, 6, 7], [8, 9]]
+    assert sorted(row["labels"] for part in batch["parts"] for row in part) == list(range(8))
+    other = [(torch.zeros(3), i) for i in range(8)]  # rows that do not say how long they are
+    parts = LogicalBatches(other, list, physical=5, key=1).__getitems__([0, 1, 4, 6])["parts"]
+    assert [[row[1] for row in part] for part in parts] == [[1, 4, 6]]
 
 
 def test_without_a_seed_noise_and_batches_are_not_those_of_trainers_seed(tmp_path: Path) -> None:
