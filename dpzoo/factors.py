@@ -121,12 +121,12 @@ class LayerInput:
             == (source.data_ptr(), source.shape, source.stride(), source.dtype, source._version)
         )
 
-    def seal(self) -> None:
+    def release(self) -> None:
         """No more readers: let go of what only a further one would need."""
         self.source = None
         self._grams.clear()
         for own in self._joined.values():
-            own.seal()
+            own.release()
         self._joined.clear()
 
     def gram(self, rows: slice, columns: slice) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.module import BookKeepingModule
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.errors import InputError
@@ -37,18 +37,18 @@ class EachRow(BookKeepingOptimizer):
         self.norms = {parameter: value.sqrt() for parameter, value in squared.items()}
         return {None: torch.ones_like(norms)}
 
-    def add_rows(self, book: Book, named: Any, inputs: Any = (), whole: Any = None) -> Any:
+    def add_rows(self, store: FactorStore, named: Any, inputs: Any = (), whole: Any = None) -> Any:
         """As `BookKeepingOptimizer.add_rows`; each sum is taken with one row's factor 1, the others' 0."""
-        close = book.close
+        weighted_sum = store.weighted_sum
 
         def each(parameter: Any, weights: Any, kept: Any = None, *rest: Any, **more: Any) -> Any:
             ones = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
-            rows = [close(parameter, one, kept, None, forget=False) for one in ones]
+            rows = [weighted_sum(parameter, one, kept, None, forget=False) for one in ones]
             self.shares[parameter] = torch.stack(rows).detach()
-            return close(parameter, weights, kept, *rest, **more)
+            return weighted_sum(parameter, weights, kept, *rest, **more)
 
-        vars(book)["close"] = each
-        return super().add_rows(book, named, inputs, whole)
+        vars(store)["weighted_sum"] = each
+        return super().add_rows(store, named, inputs, whole)
 
 
 class BookMode(OpacusMode):

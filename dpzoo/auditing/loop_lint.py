@@ -11,13 +11,13 @@ from dpzoo.auditing.record import Record
 from dpzoo.clipping.draws import CountedSampler
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.units import UnitRows
-from dpzoo.data import rows_of
 from dpzoo.opacus_internals import (
     counts_ghost_norms,
     is_ghost_optimizer,
     is_poisson,
     is_splitting,
 )
+from dpzoo.poisson import rows_of
 
 
 class Loop:

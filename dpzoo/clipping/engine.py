@@ -20,9 +20,9 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from dpzoo.clipping.criterion import PrivateCriterion
 from dpzoo.clipping.draws import Draws, count_draws
 from dpzoo.clipping.frozen import FrozenWatch, refuse_learning_buffers
-from dpzoo.clipping.loss import PrivateCriterion
 from dpzoo.clipping.module import BookKeepingHooks, BookKeepingModule
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import (
@@ -35,11 +35,11 @@ from dpzoo.clipping.optimizer import (
 )
 from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader
-from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
 from dpzoo.files import whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
+from dpzoo.poisson import prime_empty_batches
 
 log = logging.getLogger(__name__)
 

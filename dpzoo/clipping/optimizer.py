@@ -12,8 +12,8 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
-from dpzoo.clipping.book import Book
 from dpzoo.clipping.draws import Draws
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.ranks import Ranks, scattered
 from dpzoo.clipping.rules import ClippingRule, rule_of
@@ -195,7 +195,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
     def add_rows(
         self,
-        book: Book,
+        store: FactorStore,
         named: list[tuple[str, torch.Tensor]],
         inputs: Any = (),
         whole: dict[torch.Tensor, torch.Tensor] | None = None,
@@ -203,10 +203,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         """Add the clipped rows of a backward pass to the sums.
 
         Args:
-            book: what the backward pass recorded.
+            store: what the backward pass recorded.
             named: (name, parameter) of all that are trained.
             inputs: the model's, (rows, ...) each.
-            whole: parameter -> what it is in the book, where it is something else (under FSDP2).
+            whole: parameter -> what it is in the store, where it is something else (under FSDP2).
 
         Returns:
             (norms, clip factors or None for several), (units,) each, and how many units were left out
@@ -232,10 +232,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 "Parameters were frozen or unfrozen between two parts of one draw, wanted the same to be "
                 "trained in all of them. Change what is trained between steps. The sums are dropped."
             )
-        self.draws.take(book.rows, inputs)
+        self.draws.take(store.rows, inputs)
         self._trained = trained
         whole = whole or {}
-        by_use = book.squared_norms()
+        by_use = store.squared_norms()
         # Large tables, which come first in a model, last: what other layers hold is free by then. One order
         # on all ranks, because FSDP2 adds up parameter by parameter.
         uses = {p: whole.get(p, p) for _, p in reversed(named)}
@@ -244,7 +244,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         total = (
             torch.stack([v.to(device) for v in squared.values()]).sum(0)
             if squared
-            else torch.zeros(book.units.count, device=device)
+            else torch.zeros(store.units.count, device=device)
         )
         factors = self.clip_factors(squared, total.sqrt())
         finite = total.isfinite()
@@ -255,16 +255,18 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             if parameter in squared:
                 weights = factors[parameter if parameter in factors else None].to(use.device)
                 here = None if kept is None else kept.to(use.device)
-                self._add_up(parameter, partial(book.close, use, weights, here))
+                self._add_up(parameter, partial(store.weighted_sum, use, weights, here))
             else:
                 self._add_up(parameter, None)
             setattr(parameter, "summed_grad", self.sums.get(parameter))  # noqa: B010
         return total.sqrt(), factors.get(None), int((~finite).sum())
 
-    def _add_up(self, parameter: torch.Tensor, close: Callable[[Any], torch.Tensor] | None) -> None:
-        """Add a backward pass's sum to a parameter's; ``close`` is None if no row reached it."""
-        if close is not None:
-            self.sums[parameter] = close(self.sums.get(parameter))
+    def _add_up(
+        self, parameter: torch.Tensor, weighted_sum: Callable[[Any], torch.Tensor] | None
+    ) -> None:
+        """Add a backward pass's sum to a parameter's; ``weighted_sum`` is None if no row reached it."""
+        if weighted_sum is not None:
+            self.sums[parameter] = weighted_sum(self.sums.get(parameter))
 
     def drop(self) -> None:
         """Forget the sums, and what a `BatchMemoryManager` has announced."""
@@ -432,12 +434,12 @@ class ShardedBookKeepingOptimizer(DistributedBookKeepingOptimizer):
     shared key and under its own name, which covers the sums of all shards.
     """
 
-    def _add_up(self, parameter: Any, close: Callable[[Any], torch.Tensor] | None) -> None:
+    def _add_up(self, parameter: Any, weighted_sum: Callable[[Any], torch.Tensor] | None) -> None:
         dtype, device = sum_dtype(parameter), parameter.device
         whole = (
             torch.zeros(parameter.shape, dtype=dtype, device=device)
-            if close is None
-            else close(None)
+            if weighted_sum is None
+            else weighted_sum(None)
         )
         with self.ranks.waiting("sums of a backward pass"):
             shard = scattered(whole.to(dtype), parameter)

@@ -158,8 +158,8 @@ def cost_of(model: nn.Module, batch: dict[str, Any], rows: int) -> Cost:
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        twin = copy.deepcopy(model).train()
-        storages: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in twin.parameters()}
+        trial = copy.deepcopy(model).train()
+        storages: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in trial.parameters()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -167,7 +167,7 @@ def cost_of(model: nn.Module, batch: dict[str, Any], rows: int) -> Cost:
             return tensor
 
         def once() -> None:
-            loss = twin(**batch)
+            loss = trial(**batch)
             loss = getattr(loss, "loss", loss)
             loss.mean().backward()
 

@@ -383,7 +383,7 @@ class BertModel(BertPreTrainedModel):
             num_choices=num_choices,
             cache=cache,
         )
-        self._keep_wide()
+        self._upcast_samplers()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         layers = self.encoder(hidden, mask, cache=cache, num_choices=num_choices, eager=eager)

@@ -274,7 +274,7 @@ class AlbertModel(AlbertPreTrainedModel):
         recorder = self._recorder(output_hidden_states, output_attentions)
         eager = self._eager(recorder)
         mask = self._attention_mask(embedded, attention_mask, causal=False, eager=eager)
-        self._keep_wide()
+        self._upcast_samplers()
         for hidden, weights in self.encoder(embedded, mask, eager=eager):
             recorder.add(hidden, weights)
         pooled = None

@@ -1,18 +1,18 @@
-"""Freshness: is everything that enters a step of this step?"""
+"""Stale state: does a step use anything of an earlier one?"""
 
 import torch
 
 from dpzoo import opacus_internals as internals
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.book_keeping import BookMode
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 
 POISON = 1e6
 
 
-def freshness(subject: Subject, record: Record) -> None:
+def stale_state(subject: ModelUnderAudit, record: Record) -> None:
     """Nothing that an earlier batch left behind enters a step.
 
     In ghost mode, stale norms are poisoned before a batch; those that are still there afterwards were
@@ -32,7 +32,7 @@ def freshness(subject: Subject, record: Record) -> None:
                     check(subject, record)
 
 
-def _batches(subject: Subject) -> list[tuple[str, Batch]]:
+def _batches(subject: ModelUnderAudit) -> list[tuple[str, Batch]]:
     batches = [("the whole batch", subject.batch)]
     batches += [
         (f"row {i} alone", subject.batch.take([i]))
@@ -44,7 +44,7 @@ def _batches(subject: Subject) -> list[tuple[str, Batch]]:
     return batches
 
 
-def _book(subject: Subject, record: Record) -> None:
+def _book(subject: ModelUnderAudit, record: Record) -> None:
     """A batch's step in bk is the same whatever came before."""
     if not subject.per_row_loss:
         record.skip(PER_ROW_LOSS_ONLY["bk"])
@@ -56,7 +56,7 @@ def _book(subject: Subject, record: Record) -> None:
             book.discard()
             wanted = book.clipped_sum([batch], clip)
             got = book.step_after(subject.batch, batch, clip)
-        except Exception:  # edges and coverage name what raises
+        except Exception:  # edge_cases and coverage name what raises
             continue
         stale = record.differ(got, wanted, subject.tolerance)
         if stale:
@@ -74,7 +74,7 @@ def _book(subject: Subject, record: Record) -> None:
             return
 
 
-def _ghost(subject: Subject, record: Record) -> None:
+def _ghost(subject: ModelUnderAudit, record: Record) -> None:
     """A batch renews every parameter's norms."""
     stale: dict[str, str] = {}
     for title, batch in _batches(subject):
@@ -96,7 +96,7 @@ def _ghost(subject: Subject, record: Record) -> None:
         )
 
 
-def _left_over(subject: Subject, batch: Batch) -> list[str]:
+def _left_over(subject: ModelUnderAudit, batch: Batch) -> list[str]:
     """Parameters whose norm a batch does not renew."""
     opacus = subject.opacus("ghost")
     try:
@@ -112,5 +112,5 @@ def _left_over(subject: Subject, batch: Batch) -> list[str]:
         opacus.clear()
         return left
     except Exception:
-        opacus.discard()  # edges and coverage name what raises
+        opacus.discard()  # edge_cases and coverage name what raises
         return []

@@ -32,7 +32,7 @@ class CannotRunError(Exception):
     """Something that a check needs raised; the message is its first line."""
 
 
-class Subject:
+class ModelUnderAudit:
     """A model and a batch under audit.
 
     Args:
