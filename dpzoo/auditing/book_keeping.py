@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from dpzoo.auditing.batches import Batch
-from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
 from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.module import BookKeepingModule
@@ -51,7 +50,7 @@ class EachRow(BookKeepingOptimizer):
         return super().add_rows(store, named, inputs, whole)
 
 
-class BookMode(OpacusMode):
+class BookKeepingMode(OpacusMode):
     """`dpzoo.PrivacyEngine`'s mode "bk" around a copy of a model.
 
     A row's gradient is read off the sum itself: all rows run together, and sums are taken in which the row
@@ -64,7 +63,7 @@ class BookMode(OpacusMode):
     def run(
         self, batch: Batch, weights: torch.Tensor | None = None, unit_ids: Any = None
     ) -> ModeRun:
-        """As `OpacusMode.run`; with ids of the rows' units, (rows,), of units in the place of rows."""
+        """As `OpacusMode.run`; with ids of the rows' units, (rows,), for units instead of rows."""
         try:
             self.clear()
             each = self._each_row(batch, weights, unit_ids)
@@ -109,27 +108,7 @@ class BookMode(OpacusMode):
     def private_backward(self, batch: Batch, optimizer: Any, factor: float = 1.0) -> None:
         self.wrapper.backward(self.losses(batch) * factor, optimizer)
 
-    def step_after(self, before: Batch, batch: Batch, max_grad_norm: float) -> Gradients:
-        """What a noiseless step sums up when another batch's step came before it.
-
-        Raises:
-            Exception: whatever is raised; the copy is discarded then.
-        """
-        try:
-            self.clear()
-            optimizer = self.optimizer(max_grad_norm)
-            for part in (before, batch):
-                optimizer.zero_grad()
-                self.private_backward(part, optimizer)
-                optimizer.pre_step()
-            summed = {n: p.grad.detach().clone() for n, p in self.parameters.items()}
-            self.clear()
-            return summed
-        except Exception:
-            self.discard()
-            raise
-
 
 def mode_around(make: Any, mode: str, loss: Any) -> OpacusMode:
     """A mode around copies of a model; arguments as `OpacusMode`."""
-    return (BookMode if mode == "bk" else OpacusMode)(make, mode, loss)
+    return (BookKeepingMode if mode == "bk" else OpacusMode)(make, mode, loss)

@@ -156,7 +156,7 @@ def index(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, ou
             raise Unknown
         ids = row_ids(layout, x.shape[layout.dim], n, x.device)
         return indexed(ids[part], n)
-    return _indexed_by(n, x, layout, out, advanced, items)
+    return _indexed_by(n, x, layout, advanced, items)
 
 
 def _adjacent(items: tuple[Any, ...]) -> bool:
@@ -165,9 +165,7 @@ def _adjacent(items: tuple[Any, ...]) -> bool:
     return bool(tensors) and at[-1] - at[0] + 1 == len(at)
 
 
-def _indexed_by(
-    n: int, x: torch.Tensor, layout: AnyLayout, out: Any, advanced: Any, items: Any
-) -> Any:
+def _indexed_by(n: int, x: torch.Tensor, layout: AnyLayout, advanced: Any, items: Any) -> Any:
     ids = row_ids(layout, x.shape[layout.dim], n, x.device)
     shape: tuple[int, ...] = ()
     chosen: torch.Tensor | None = None

@@ -291,7 +291,7 @@ class Recorder(TorchFunctionMode):
         if getattr(target, MARK, None) is not None and self.layout_of(target) is not None:
             values = [x for x in row_tensors if x is not target]
             if entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
-                self._check_target(entry, args, kwargs, target, values)
+                self._check_target(entry, args, target, values)
             elif entry.name == "setitem":
                 self._put(target, args[1], args[2])
             return
@@ -363,7 +363,6 @@ class Recorder(TorchFunctionMode):
         self,
         entry: Function,
         args: Any,
-        kwargs: Any,
         target: torch.Tensor,
         values: list[torch.Tensor],
     ) -> None:
@@ -485,7 +484,7 @@ class Recorder(TorchFunctionMode):
         size = x.shape[layout.dim]
         right = x.ndim - layout.dim  # the rows' dimension, from the right
         if z.ndim >= right and z.shape[-right] != 1:
-            return self.tap_own(entry, z, z.ndim - right, layout, size)
+            return self.tap_own(z, z.ndim - right, layout, size)
         shape = [1] * max(z.ndim, right)
         shape[len(shape) - z.ndim :] = z.shape
         shape[-right] = size
@@ -498,9 +497,7 @@ class Recorder(TorchFunctionMode):
 
         return self.tap(z.expand(shape), record)
 
-    def tap_own(
-        self, entry: Function, z: torch.Tensor, dim: int, layout: AnyLayout, size: int
-    ) -> torch.Tensor:
+    def tap_own(self, z: torch.Tensor, dim: int, layout: AnyLayout, size: int) -> torch.Tensor:
         """Tap a shared tensor that has an entry for each of the rows: row i takes part i alone."""
         rows = self.rows
         if z.shape[dim] != size:

@@ -350,7 +350,7 @@ def _record_einsum(recorder: Recorder, call: ParameterCall) -> Any:
         raise Unknown  # a diagonal
     letter = letters["x"][layout.dim]
     if letter in letters["z"]:
-        own = recorder.tap_own(function, z, letters["z"].index(letter), layout, x.shape[layout.dim])
+        own = recorder.tap_own(z, letters["z"].index(letter), layout, x.shape[layout.dim])
         return run_with(recorder, call, {id(z): own})
     into = [c for c in letters["z"] if c in letters["x"]]
     free = [c for c in letters["z"] if c not in letters["x"]]
@@ -499,7 +499,7 @@ def _record_joined(recorder: Recorder, call: ParameterCall) -> Any:
             raise Unknown
         if recorder.rows == 1 or z.shape[layout.dim] == x.shape[layout.dim]:
             expanded[id(z)] = (
-                recorder.tap_own(function, z, layout.dim, layout, z.shape[layout.dim])
+                recorder.tap_own(z, layout.dim, layout, z.shape[layout.dim])
                 if recorder.rows > 1
                 else recorder.expanded(function, z, x, layout)
             )
