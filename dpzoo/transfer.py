@@ -1,4 +1,4 @@
-"""Parameters handed from a model to one of another class, in memory: what conversion runs on.
+"""Copying parameters from a model to one of another class, in memory: the base of conversion.
 
 The two sides have the same parameter names. What differs is one rule as data, which runs both ways:
 the projections of `dpzoo.layers.transposed` have their weights transposed. Everything else is

@@ -51,8 +51,8 @@ def _sizes(subject: ModelUnderAudit, record: Record, mode: str) -> None:
                     "note",
                     f"the model raises on an empty batch: {first_line(error)}",
                     "Poisson sampling draws such batches, with probability exp(-expected rows). bk takes "
-                    "the step without the model: leave forward and backward pass out, and call "
-                    "optimizer.step() all the same. DPTrainer does so",
+                    "the step without the model: skip the forward and the backward pass, and still call "
+                    "optimizer.step(). DPTrainer does so",
                     mode=mode,
                 )
                 continue
@@ -83,7 +83,7 @@ def _sizes(subject: ModelUnderAudit, record: Record, mode: str) -> None:
 
 
 def _innocent_rows(subject: ModelUnderAudit, record: Record) -> None:
-    """Rows that data may well hold have finite gradients; those that do not, poison the sum."""
+    """Rows that are usual in data have finite gradients; a row that has not would ruin the sum."""
     trials: list[tuple[str, Batch, str]] = []
     if subject.batch.token_labels(sure=True):
         trials.append(

@@ -1,4 +1,4 @@
-"""Exactness, the clipped sum, microbatching: is it the row's own gradient, however it is computed?"""
+"""Exactness, the clipped sum, microbatching: does every way to compute it give the row's own gradient?"""
 
 import torch
 
@@ -16,7 +16,7 @@ from dpzoo.modes import MODES
 
 
 def exactness(subject: ModelUnderAudit, record: Record) -> None:
-    """Per row and per parameter, each mode's gradient (in ghost mode, norm) is that of the row alone.
+    """Per row and per parameter, each mode gives the gradient (in ghost mode, norm) of the row alone.
 
     In bk the gradient is the row's own share of the sum, all rows run together, and the norms that
     clip factors are made from are compared with the shares.

@@ -1,4 +1,4 @@
-"""`dpzoo.audit_loop`: what a training loop's own objects give away."""
+"""`dpzoo.audit_loop`: what the objects of a training loop reveal about it."""
 
 import copy
 import time
@@ -129,8 +129,8 @@ STEPS_CATCHES = (
 
 TRIALS_CATCHES = (
     "rows that a collator or a model cuts, copies, mixes or keeps for the next batch, losses reduced over "
-    "the batch, noise or draws that are seeded in the body, second optimizers and whatever else learns "
-    "from the batch without noise, bodies that train on other rows, empty batches that are skipped"
+    "the batch, noise or draws that are seeded in the body, second optimizers and anything else that "
+    "learns from the batch without noise, bodies that train on other rows, empty batches that are skipped"
 )
 
 

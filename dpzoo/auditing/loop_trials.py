@@ -1,9 +1,9 @@
 """Trials of a loop's body: runs on draws that differ in one thing, and what may not differ by it.
 
-Each trial begins with the same weights. The draw is made from the loop's own data set and collator. What
-is drawn at random beside the noise is held fixed. After the private optimizer has made its noisy gradient,
-the trial puts one and the same gradient in its place: whatever still depends on the batch afterwards has
-come past the clipping and the noise.
+Each trial begins with the same weights. The draw is made from the loop's own data set and collator. All
+random numbers except the noise are held fixed. After the private optimizer has made its noisy gradient, the
+trial replaces it by the same gradient in every run. If anything still depends on the batch afterwards, it
+has bypassed the clipping and the noise.
 """
 
 import copy

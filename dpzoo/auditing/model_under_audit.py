@@ -1,7 +1,7 @@
-"""What is audited: a copy of the model, and what is true of it, each row run alone.
+"""The model under audit: a copy of it, and the reference gradients, each row run alone.
 
-Everything happens on deep copies in float64, in train mode with dropout off. The truth that modes
-are compared with comes from plain autograd, and is computed once.
+Everything happens on deep copies in float64, in train mode with dropout off. The reference gradients come
+from plain autograd, and are computed once.
 """
 
 import copy
@@ -151,7 +151,7 @@ class ModelUnderAudit:
         if not drew:
             return ""
         self.remarks.append(
-            f"random in training ({', '.join(drew)}), and constants are in the place of what is drawn"
+            f"random in training ({', '.join(drew)}), with constants instead of the draws"
         )
         self.loss.fixed = True
         one, two = (self.total_gradient(self.batch) for _ in range(2))

@@ -1,8 +1,8 @@
 """What a model draws at random in a forward pass, and how the draws are held fixed.
 
-Dropout under any name, stochastic depth and the noise of a variational encoder are no fault: fresh draws
-that do not depend on the data. But two runs differ by them, so that nothing can be compared. Checks of a
-model that draws run with constants in the place of the draws, equal for all rows.
+Dropout under any name, stochastic depth and the noise of a variational encoder are allowed: these draws do
+not depend on the data. But they make two runs differ, so that nothing can be compared. Checks of such a
+model replace the draws by constants, equal for all rows.
 """
 
 import random
@@ -57,7 +57,7 @@ class Draws(TorchDispatchMode):
     """Sees what torch draws at random, whatever layer or function asks for it.
 
     Args:
-        fixed: put constants in the place of the draws.
+        fixed: replace the draws by constants.
     """
 
     def __init__(self, fixed: bool) -> None:

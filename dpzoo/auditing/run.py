@@ -55,7 +55,7 @@ COMPARING = (
     "exactness", "isolation", "neighbours", "sensitivity", "clipped_sum", "microbatching", "stale_state",
     "training_effect",
 )  # fmt: skip
-"""Checks that compare runs, which a model that is random whatever is done does not allow."""
+"""Checks that compare runs. They are skipped for a model that stays random with fixed draws."""
 
 DEFAULT_MODES = ("hooks", "ghost", "bk")
 
@@ -77,12 +77,12 @@ def audit(
 ) -> AuditReport:
     """Prove that a model's private training is right on a batch, or name what is wrong.
 
-    Works on any module: dpzoo's, a stock transformers model, the user's own. Everything runs on deep
-    copies in float64, in train mode with dropout off (submodules that are in eval mode stay there, if the
-    model itself is in train mode); per-sample gradients come from unmodified Opacus, in mode "bk" from
-    dpzoo's engine, and are compared, per row and per parameter, with each row run alone under plain
-    autograd. Where a model is random all the same (stochastic depth, a variational encoder), a remark says
-    so, and constants are in the place of what it draws.
+    Works on any module: dpzoo's, a stock transformers model, the user's own. Everything runs on deep copies
+    in float64, in train mode with dropout off (submodules that are in eval mode stay there, if the model
+    itself is in train mode); per-sample gradients come from unmodified Opacus, in mode "bk" from dpzoo's
+    engine, and are compared, per row and per parameter, with each row run alone under plain autograd. If a
+    model is still random (stochastic depth, a variational encoder), its draws are replaced by constants,
+    and a remark says so.
 
     Args:
         model: a module before `make_private`, on any device.

@@ -1,4 +1,4 @@
-"""Sensitivity: how far do the clipped sums of neighbouring batches lie apart?"""
+"""Sensitivity: by how much do the clipped sums of neighbouring batches differ?"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

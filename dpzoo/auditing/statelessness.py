@@ -1,4 +1,4 @@
-"""Statelessness: what the model keeps of a batch beside its gradients."""
+"""Statelessness: what the model keeps of a batch besides its gradients."""
 
 import copy
 

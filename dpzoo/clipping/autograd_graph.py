@@ -124,7 +124,7 @@ def refuse_unseen(
                     f"The losses use {name_of(leaf)} outside the model's private forward pass, or in a "
                     f"function that torch does not show ({node.name()}), wanted every use in torch "
                     f"functions that the model's forward calls: elsewhere its per-sample gradients "
-                    f"cannot be had. Move that use into the forward, or freeze the parameter."
+                    f"cannot be computed. Move that use into the forward, or freeze the parameter."
                 )
     for node, function in mixed:
         if node in seen:

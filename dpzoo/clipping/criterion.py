@@ -1,4 +1,4 @@
-"""The criterion's half: a loss that remembers its rows, and whose backward is the private one."""
+"""The private criterion: a loss that keeps the rows' losses, and whose ``backward`` is the private one."""
 
 from __future__ import annotations
 

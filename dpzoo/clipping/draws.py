@@ -1,16 +1,16 @@
-"""What was drawn, and what came of it: one step is one Poisson draw, whole, each row once.
+"""One step is one complete Poisson draw, each row once: draws are counted, and steps compared with them.
 
-The accountant is told that a step saw one draw, in which each row was with the sample rate, and added at
-most one clipped gradient for it. `Draws` holds the loop to that. The engine's loader notes how many rows
-each draw has, where they are drawn, before a collator or a model can cut, join or drop them. A backward
-pass that brings more rows than the draw has left is refused; so is a step with fewer; so is a draw that
-is passed over, an empty one too: skipping what is empty makes a step's noise depend on who was drawn.
+The accountant assumes that a step took one draw, in which each row was with the sample rate, and added at
+most one clipped gradient for it. `Draws` enforces that. The engine's loader counts the rows of each draw,
+before a collator or a model can cut, join or drop them. A backward pass with more rows than the draw has
+left is refused. A step with fewer rows is refused, too, and so is a draw without a step. That includes
+empty draws: if they were skipped, a step's noise would depend on who was drawn.
 
 Parts of one draw add up: several backward passes before the step, or `BatchMemoryManager`. Leaving the
-loader early drops what was begun.
+loader early drops an unfinished step.
 
 Where units are drawn (`dpzoo.clipping.units`), the draw also says whose each row is: its rows come unit by
-unit. A part takes units whole.
+unit. A part takes whole units.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dpzoo.clipping.units import UnitRows, Units, checked_ids
 from dpzoo.errors import InputError
 
 ONE_STEP = "One step takes the rows of one draw, each once"
-SAMPLED = 1024  # elements of a long row that stand for it
+SAMPLED = 1024  # elements of a long row that are compared
 
 
 class Draw(NamedTuple):

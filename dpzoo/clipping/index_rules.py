@@ -1,7 +1,7 @@
 """Where the rows are when entries are indexed, cut out or joined: ``x[...]``, ``split``, ``cat``.
 
 Rules as in `dpzoo.clipping.layout_rules`. Indexed entries may be of any rows, in any number and order; the
-layout is then a `Indexed`, unless the rows are in order and complete.
+layout is then an `Indexed`, unless the rows are in order and complete.
 """
 
 from __future__ import annotations

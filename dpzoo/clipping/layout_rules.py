@@ -3,7 +3,7 @@
 A rule gets the number of rows, the function's arguments, one of its inputs with that input's layout, and
 the output. It returns the layout of the output (a list, for several outputs; None for numbers that are
 the same for all rows), or raises `Mixing` where entries of several rows are combined, or `Unknown` where
-it cannot tell. `dpzoo.clipping.index_rules` has the rules of functions that pick entries.
+it cannot tell. `dpzoo.clipping.index_rules` has the rules of functions that select entries.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def reduction(at: int = 1) -> Rule:
 
 
 def refold(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """``view`` and its kin: the same entries in the same order, cut into other dimensions."""
+    """``view`` and similar functions: the same entries in the same order, in other dimensions."""
     if isinstance(layout, Indexed):
         if out.shape[:1] != x.shape[:1]:
             raise Unknown

@@ -1,4 +1,4 @@
-"""The model's half of book-keeping: taps on its layers, and the backward pass that reads them."""
+"""The wrapped model of book-keeping: it records forward passes, and runs the private backward pass."""
 
 from __future__ import annotations
 
@@ -394,7 +394,7 @@ def _refuse_model(model: nn.Module) -> None:
 
 
 def hook_of(hook: Any) -> bool:
-    """Whether a forward hook is that of a `BookKeepingHooks`."""
+    """Whether a forward hook belongs to a `BookKeepingHooks`."""
     return isinstance(getattr(hook, "__self__", None), BookKeepingHooks)
 
 
@@ -403,8 +403,8 @@ def _refuse_hooks(named: list[tuple[str, torch.Tensor]]) -> None:
     for name, parameter in named:
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedModelError(
-                f"{name} has a gradient hook (Tensor.register_hook), which grad_sample_mode='bk' would "
-                f"pass by: it forms no ordinary gradient. Remove the hook, or freeze the parameter."
+                f"{name} has a gradient hook (Tensor.register_hook), which grad_sample_mode='bk' would not "
+                f"call: it computes no ordinary gradient. Remove the hook, or freeze the parameter."
             )
 
 

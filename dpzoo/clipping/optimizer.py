@@ -1,4 +1,4 @@
-"""The optimizer's half: clip factors, and noise added in place to sums that are already clipped."""
+"""The private optimizer: clip factors, and noise added in place to sums that are already clipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dpzoo.opacus_internals import (
 
 
 class Release:
-    """Numbers and names the steps of a run, and enters them in its ledger.
+    """Numbers and names the steps of a run, and writes them to its ledger.
 
     Args:
         noise: the source of the noise.
@@ -48,7 +48,7 @@ class Release:
         self._ledgers: dict[str, Ledger] = {}
 
     def watched_by(self, ledger: Ledger) -> Ledger:
-        """Enter the coming steps in a ledger, too; the ledger of that path."""
+        """Write the coming steps to a ledger, too; returns the ledger of that path."""
         if not self.keeps_ledgers:
             return ledger
         return self._ledgers.setdefault(str(ledger.path.absolute()), ledger)
@@ -302,7 +302,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
         Args:
             set_to_none: free ``grad`` (as in torch.optim, and unlike Opacus, the default): the sums
-                of the next batch are new tensors, beside which zeros would be kept for nothing.
+                of the next batch are new tensors, and zeros would take memory for nothing.
         """
         if not skipped_last(self) and self.sums:
             self.draws.abandon()

@@ -1,4 +1,4 @@
-"""The way that knows every function: its own vector-Jacobian products, row by row."""
+"""Per-row gradients of any function: its own vector-Jacobian products, row by row."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class _Replay(NamedTuple):
         except Exception as error:
             raise UnsupportedModelError(
                 f"{self.call.function.name} of {self.named} cannot be run for one row "
-                f"({str(error).splitlines()[0]}), so its per-row gradients cannot be had. Use other "
+                f"({str(error).splitlines()[0]}), so its per-row gradients cannot be computed. Use other "
                 f"functions there, or freeze the parameter."
             ) from error
         return [
@@ -183,7 +183,7 @@ def _at(values: list[Any], spot: Spot) -> Any:
 
 
 def recurrent(recorder: Recorder, call: ParameterCall) -> Any:
-    """``lstm`` and its kin: the first states have rows in their second dimension."""
+    """``lstm`` and similar functions: the first states have rows in their second dimension."""
     function, _, args, _, row_tensors, shared = call
     if isinstance(args[1], torch.Tensor) and isinstance(args[2], torch.Tensor):
         raise UnsupportedModelError(

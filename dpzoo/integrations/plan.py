@@ -80,7 +80,7 @@ class Plan:
         found = []
         if self.signal < DROWNED:
             found.append(
-                f"the signal drowns: over the whole run the largest possible sum of gradients is "
+                f"the noise hides the signal: over the whole run the largest possible sum of gradients is "
                 f"{self.signal:.2g} times the noise, wanted {DROWNED:g} or more. Train fewer parameters "
                 f"(a head, biases, LoRA), raise the logical batch or the steps, or take a larger epsilon"
             )

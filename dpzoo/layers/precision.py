@@ -1,11 +1,10 @@
-"""Reduced precision: what per-sample norms and sums need, and what would spoil them.
+"""Reduced precision: per-sample norms in float32, and loss scales refused.
 
-Opacus computes in the dtype of a layer's output gradient. In bfloat16, its norm of a linear layer is a
-sum of products that have been rounded to eight bits: where the tokens of a row cancel each other it
-may come out as 0, and the row is then not clipped at all. Opacus finds a sampler by the exact class of
-a module, so a linear layer gets another class as soon as it runs in reduced precision under Opacus;
-`dpzoo.grad_samplers.upcast` has the samplers of these classes, which compute in float32. Layers that
-an adapter library has put into the model are among them.
+Opacus computes in the dtype of a layer's output gradient. In bfloat16, its norm of a linear layer is a sum
+of products that were rounded to eight bits. Where the tokens of a row cancel each other it may be 0, and
+the row is then not clipped at all. Opacus finds a sampler by the exact class of a module. So a linear layer
+gets another class as soon as it runs in reduced precision under Opacus, also a layer of an adapter library.
+`dpzoo.grad_samplers.upcast` has the samplers of these classes, which compute in float32.
 """
 
 import math
@@ -32,7 +31,7 @@ UPCAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: UpcastLinear,
     nn.LayerNorm: UpcastLayerNorm,
 }
-"""The classes whose samplers are Opacus' own, and what takes their place in reduced precision."""
+"""The classes whose samplers are Opacus' own -> the classes that replace them in reduced precision."""
 
 SMALLEST_SCALE = 32.0
 """A factor of the loss that no reduction and hardly a weight has, and that a GradScaler exceeds."""

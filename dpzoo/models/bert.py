@@ -5,8 +5,8 @@ over the first token, and a masked-LM head (dense, activation, LayerNorm, projec
 the token table's. As a decoder (``config.is_decoder``) attention is causal. The reference for every
 value is transformers 5, ``models/bert/modeling_bert.py``.
 
-From embeddings to the pooler, the file goes as the data goes; then come the heads. Letters in comments
-are shapes, see `dpzoo.layers.attention`.
+The file follows the data from the embeddings to the pooler; then come the heads. Letters in comments are
+shapes, see `dpzoo.layers.attention`.
 """
 
 from collections.abc import Iterator

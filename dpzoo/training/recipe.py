@@ -1,4 +1,4 @@
-"""What a training run is told, and what it takes where it is not told."""
+"""The settings of a training run, and their defaults."""
 
 from __future__ import annotations
 
