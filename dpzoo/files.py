@@ -1,7 +1,7 @@
 """Files and folders that appear complete: written under another name, then renamed.
 
-The old file or folder stays until the new one replaces it, which is one rename. So a process may end at any
-time. What a killed process leaves (``.part-...-NAME``) is removed by the next one that writes the same name.
+The old file or folder stays until one rename replaces it by the new one. So a process may end at any time.
+What a killed process leaves (``.part-...-NAME``) is removed by the next one that writes the same name.
 """
 
 import ctypes

@@ -26,9 +26,8 @@ def exactness(subject: ModelUnderAudit, record: Record) -> None:
     """
     oracle = subject.oracle
     for mode in subject.modes:
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable:
-                continue
+        if not subject.usable(mode, record.skipped):
+            continue
         record.ran()
         if MODES[mode].rows:
             _rows(subject, record, mode, oracle)
@@ -121,9 +120,8 @@ def step_modes(subject: ModelUnderAudit, record: Record) -> list[str]:
         if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
             record.skip(PER_ROW_LOSS_ONLY[mode])
             continue
-        with subject.usable(mode, record.skipped) as usable:
-            if usable:
-                modes.append(mode)
+        if subject.usable(mode, record.skipped):
+            modes.append(mode)
     return modes
 
 

@@ -5,8 +5,6 @@ from plain autograd, and are computed once.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -333,10 +331,9 @@ class ModelUnderAudit:
         except CannotRunError:
             return set()
 
-    @contextmanager
-    def usable(self, mode: str, skipped: list[str]) -> Iterator[bool]:
+    def usable(self, mode: str, skipped: list[str]) -> bool:
         """Whether a mode can be used; where it cannot, the reason is added to ``skipped``."""
         reason = self.broken(mode)
         if reason:
             skipped.append(f"{reason} (see coverage)")
-        yield not reason
+        return not reason

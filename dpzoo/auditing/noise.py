@@ -30,9 +30,8 @@ def noise(subject: ModelUnderAudit, record: Record) -> None:
         if mode == "ew":
             record.skip("ew: as hooks")
             continue
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable:
-                continue
+        if not subject.usable(mode, record.skipped):
+            continue
         record.ran()
         opacus = subject.opacus(mode)
         steps = []

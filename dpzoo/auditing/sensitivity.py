@@ -43,9 +43,8 @@ def sensitivity(subject: ModelUnderAudit, record: Record) -> None:
     """
     modes = []
     for mode in subject.modes:
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable and not _countable(subject, mode):
-                continue
+        if not subject.usable(mode, record.skipped) and not _countable(subject, mode):
+            continue
         if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
             record.skip(PER_ROW_LOSS_ONLY[mode])
             continue

@@ -24,11 +24,9 @@ def stale_state(subject: ModelUnderAudit, record: Record) -> None:
     if not {"ghost", "bk"} & set(subject.modes):
         record.skip("only ghost mode keeps norms from one batch to the next")
     for mode, check in (("ghost", _ghost), ("bk", _book_keeping)):
-        if mode in subject.modes:
-            with subject.usable(mode, record.skipped) as usable:
-                if usable:
-                    record.ran()
-                    check(subject, record)
+        if mode in subject.modes and subject.usable(mode, record.skipped):
+            record.ran()
+            check(subject, record)
 
 
 def _batches(subject: ModelUnderAudit) -> list[tuple[str, Batch]]:

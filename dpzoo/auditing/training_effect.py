@@ -5,9 +5,10 @@ import copy
 import torch
 
 from dpzoo.auditing.book_keeping import mode_around
+from dpzoo.auditing.exactness import step_modes
 from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import largest
-from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
+from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import UnsupportedModelError
@@ -25,13 +26,7 @@ def training_effect(subject: ModelUnderAudit, record: Record) -> None:
     Catches: weights that never move (detached copies, steps lost in a narrow dtype), losses
     computed from other weights than those trained, exports that are another function.
     """
-    for mode in subject.modes:
-        if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
-            record.skip(PER_ROW_LOSS_ONLY[mode])
-            continue
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable:
-                continue
+    for mode in step_modes(subject, record):
         record.ran()
         _step(subject, record, mode)
     _export(subject, record)
