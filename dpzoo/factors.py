@@ -15,7 +15,7 @@ Rounding. A Gram norm is a sum of t^2 terms that may cancel. With u the unit rou
 term <l_t, l_s> <r_t, r_s> is computed with an error of the order of u |l_t| |l_s| |r_t| |r_s|, so the
 squared norm has one of the order of u b^2, where b = sum_t |l_t| |r_t| (`magnitude`). The same holds for
 the weighted sum: each product l_t r_t^T is rounded, and the row's share of the sum differs from the exact
-one by at most the order of u b. `rounding_bound` makes an upper bound of the norm from both.
+one by at most the order of u b. An upper bound of the norm is made from both.
 
 Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is float32 or wider.
 

@@ -8,7 +8,7 @@ its arguments, not from sizes: with as many rows as tokens, heads and features i
 Where no rule is known for a function, and its output has the rows' size in its first dimension, the
 layout is a guess, and the recorder has the step checked by a second backward pass (see
 `dpzoo.clipping.verification`). Where rows are combined (a mean over the batch), the result is
-`MIXED`, and using it with a row or a parameter is refused.
+`Mixed`, and using it with a row or a parameter is refused.
 """
 
 from __future__ import annotations
