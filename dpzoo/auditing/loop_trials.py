@@ -70,7 +70,7 @@ class Trial:
     error: str = ""
 
 
-class _Counted(Draws):
+class _RowCount(Draws):
     """Draws that are not held to anything, and whose rows are counted.
 
     Args:
@@ -117,7 +117,7 @@ class Trials:
         self._clear()
         if hasattr(optimizer, "draws"):
             optimizer.draws.strict = False  # ghost mode's criterion goes by it, wherever it is
-            optimizer.draws = _Counted(loop.rows_of(draw)[1])
+            optimizer.draws = _RowCount(loop.rows_of(draw)[1])
             optimizer.release = Release(NoiseSource())
         for owner in clips:
             owner.max_grad_norm = clip
@@ -159,7 +159,7 @@ class Trials:
             rows = self._rows()
             stepped = original(*args, **kwargs)
             draws = getattr(self.optimizer, "draws", None)
-            if isinstance(draws, _Counted) and draws.rows:  # some count in the step itself
+            if isinstance(draws, _RowCount) and draws.rows:  # some count in the step itself
                 rows, draws.rows = draws.rows, 0
             if rows is not None:
                 trial.rows = (trial.rows or 0) + rows

@@ -16,7 +16,7 @@ from dpzoo.auditing.book_keeping import mode_around
 from dpzoo.auditing.capture import Trace, trace
 from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_norms
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
-from dpzoo.auditing.randomness import Draws, numbers
+from dpzoo.auditing.randomness import RandomDraws, numbers
 from dpzoo.auditing.row_losses import Loss, RowLoss
 from dpzoo.clipping.units import checked_ids
 from dpzoo.errors import InputError
@@ -143,7 +143,7 @@ class ModelUnderAudit:
     def _hold_draws(self) -> str:
         """Hold the draws of a model that is random in training, and see whether that makes runs equal."""
         before = numbers()
-        with Draws(fixed=False) as draws:
+        with RandomDraws(fixed=False) as draws:
             self.loss(self.model, self.batch)
         drew = [*draws.seen] + ["Python's or numpy's random numbers"] * (numbers() != before)
         if not drew:

@@ -53,7 +53,7 @@ FIXED: dict[str, Fixed] = {
 """Name of torch's random function, less ``_like`` and a last ``_`` -> the constants in its place."""
 
 
-class Draws(TorchDispatchMode):
+class RandomDraws(TorchDispatchMode):
     """Sees what torch draws at random, whatever layer or function asks for it.
 
     Args:
@@ -92,11 +92,11 @@ class Draws(TorchDispatchMode):
 
 
 @contextmanager
-def fixed_draws(seed: int = 0) -> Iterator[Draws]:
+def fixed_draws(seed: int = 0) -> Iterator[RandomDraws]:
     """Nothing is random: torch's draws are constants, Python's and numpy's begin with one seed."""
     random.seed(seed)
     np.random.seed(seed)
-    with Draws(fixed=True) as draws:
+    with RandomDraws(fixed=True) as draws:
         yield draws
 
 

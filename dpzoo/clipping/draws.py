@@ -339,7 +339,7 @@ class CountedSampler(Sampler[list[int]]):
         return getattr(self.__dict__["sampler"], name)
 
 
-class _Counted(DataLoader[Any]):
+class _CountedLoader(DataLoader[Any]):
     """A loader that says when it hands out a batch."""
 
     def __iter__(self) -> Any:
@@ -364,5 +364,5 @@ def count_draws(loader: DataLoader[Any], draws: Draws) -> DataLoader[Any]:
     """
     # A DataLoader does not let go of its sampler, nor of its class.
     loader.__dict__["batch_sampler"] = CountedSampler(loader.batch_sampler, draws)
-    loader.__class__ = type(type(loader).__name__, (_Counted, type(loader)), {})
+    loader.__class__ = type(type(loader).__name__, (_CountedLoader, type(loader)), {})
     return loader

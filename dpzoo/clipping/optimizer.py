@@ -249,7 +249,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         factors = self.clip_factors(squared, total.sqrt())
         finite = total.isfinite()
         if self.statistics is not None:
-            self.statistics.see_rows(squared, total.sqrt(), self.max_grad_norm)
+            self.statistics.record_rows(squared, total.sqrt(), self.max_grad_norm)
         kept = None if bool(finite.all()) else finite
         for parameter, use in uses.items():
             if parameter in squared:
@@ -349,7 +349,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         std = self.gradient_noise_multiplier * clipped_at
         scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
         if self.statistics is not None:
-            self.statistics.see_sums(grads, std)
+            self.statistics.record_sums(grads, std)
         self._noise_in_place(grads, std, scale)
         self._forget()
         for parameter, grad in zip(self.params, grads, strict=True):
