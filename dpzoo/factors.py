@@ -21,7 +21,7 @@ Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is f
 
 Where the unit of privacy is more than a row, its rows are one longer row: G_u = sum_i sum_t l_it r_it^T,
 over the rows i of unit u. `Group` joins the positions of units that have equally many rows, and all the
-above holds of what comes of it.
+above holds for the joined rows.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class LayerInput:
         )
 
     def release(self) -> None:
-        """No more readers: let go of what only a further one would need."""
+        """No more readers: free what only another reader would need."""
         self.source = None
         self._grams.clear()
         for own in self._joined.values():

@@ -287,7 +287,7 @@ class ModelLoss:
         if isinstance(model, str) and model not in self.TASKS:
             raise InputError(
                 f"ModelLoss got {model!r}, wanted a model or one of: {', '.join(self.TASKS)}. "
-                f"A reduction goes by name: ModelLoss(reduction='none')."
+                f"Pass a reduction by keyword: ModelLoss(reduction='none')."
             )
         self.task: str | None = (
             model if model is None or isinstance(model, str) else _task_of(model)

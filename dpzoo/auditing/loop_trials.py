@@ -71,7 +71,7 @@ class Trial:
 
 
 class _RowCount(Draws):
-    """Draws that are not held to anything, and whose rows are counted.
+    """Draws that are not compared with the steps, and whose rows are counted.
 
     Args:
         labels: the units that the rows are of.
@@ -116,7 +116,7 @@ class Trials:
         norms = [o.max_grad_norm for o in clips]
         self._clear()
         if hasattr(optimizer, "draws"):
-            optimizer.draws.strict = False  # ghost mode's criterion goes by it, wherever it is
+            optimizer.draws.strict = False  # ghost mode's criterion uses it, wherever it is
             optimizer.draws = _RowCount(loop.rows_of(draw)[1])
             optimizer.release = Release(NoiseSource())
         for owner in clips:

@@ -352,7 +352,7 @@ def test_without_poisson_sampling_the_caller_answers(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         run = Run(mode, poisson_sampling=False)
-    assert "the caller answers for the draws" in caplog.text
+    assert "the caller is responsible for the draws" in caplog.text
     run.backward(torch.randn(3, 4), torch.tensor([0, 1, 2]))
     run.optimizer.step()
     assert run.steps() == 1
