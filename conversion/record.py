@@ -28,20 +28,20 @@ causal language model in float32, which shows in its gradients.
 {reached} of {all} were reached.
 """
 
-TWINS = """\
-## Synthetic twins
+SYNTHETIC = """\
+## Synthetic checkpoints
 
 Small checkpoints with random weights and the key layouts of real ones, one or more for every quirk of the
 catalogue. Here the values are known: those that were written equal those that were put into the file.
 """
 
 
-def render(checkpoints: Sequence[Any], twins: Sequence[Any]) -> str:
+def render(checkpoints: Sequence[Any], synthetic: Sequence[Any]) -> str:
     """The record.
 
     Args:
         checkpoints: results for entries of the catalogue, reached or not.
-        twins: results for synthetic ones.
+        synthetic: results for synthetic ones.
     """
     reached = [one for one in checkpoints if one.where]
     away = [one for one in checkpoints if not one.where]
@@ -60,8 +60,11 @@ def render(checkpoints: Sequence[Any], twins: Sequence[Any]) -> str:
         parts.append(_table("checkpoint", reached, where=True))
     if away:
         parts.append(_away(away))
-    if twins:
-        parts += [TWINS, _table("quirk: class in the file, class loaded", twins, where=False)]
+    if synthetic:
+        parts += [
+            SYNTHETIC,
+            _table("quirk: class in the file, class loaded", synthetic, where=False),
+        ]
         parts.append("\n".join(f"- `{name}`: {text}" for name, text in quirks().items()) + "\n")
     return "\n".join(parts)
 

@@ -1,6 +1,6 @@
-"""Verify the catalogue: every checkpoint that this machine can reach, and a synthetic twin of every quirk.
+"""Verify the catalogue: every checkpoint that this machine can reach, and a synthetic one for every quirk.
 
-    python -m conversion.verify                                    # local cache, installed wheel, twins
+    python -m conversion.verify                                    # local cache, installed wheel, synthetic
     python -m conversion.verify --folder google-bert/bert-base-uncased=path/to/checkpoint
     python -m conversion.verify --hub --only 'distil*'             # download what matches
 
@@ -26,7 +26,7 @@ import huggingface_hub
 from transformers import AutoConfig
 
 from conversion.record import render
-from conversion.twins import TWINS, Twin
+from conversion.synthetic import SYNTHETIC_CHECKPOINTS, SyntheticCheckpoint
 from dpzoo.catalogue import Checkpoint, catalogue
 from dpzoo.cli.output import Say, print_table, progress
 from dpzoo.errors import DpzooError, InputError
@@ -44,7 +44,7 @@ RECORD = Path(__file__).resolve().parent / "VERIFIED.md"
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a checkpoint or a twin.
+    """What became of a checkpoint, real or synthetic.
 
     Attributes:
         name: its id.
@@ -70,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folders = _folders(options.folder)
         entries = [one for one in catalogue() if fnmatch.fnmatch(one.id, options.only)]
-        twins = [one for one in TWINS if fnmatch.fnmatch(one.quirk, options.twins)]
-        with progress(len(entries) + len(twins)) as say:
+        made = [
+            one for one in SYNTHETIC_CHECKPOINTS if fnmatch.fnmatch(one.quirk, options.synthetic)
+        ]
+        with progress(len(entries) + len(made)) as say:
             checkpoints = [verify(one, folders, options.hub, say) for one in entries]
-            synthetic = [verify_twin(one, say) for one in twins]
+            synthetic = [verify_synthetic(one, say) for one in made]
         write_text(options.output, render(checkpoints, synthetic))
     except (DpzooError, OSError) as error:
         sys.stderr.write(f"verify: {error}\n")
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", action="append", default=[], metavar="ID=PATH", help="a copy")
     parser.add_argument("--hub", action="store_true", help="download what is not on this machine")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of ids in the catalogue")
-    parser.add_argument("--twins", default="*", metavar="PATTERN", help="of quirks")
+    parser.add_argument("--synthetic", default="*", metavar="PATTERN", help="of quirks")
     parser.add_argument("--output", type=Path, default=RECORD, help="the record to write")
     return parser
 
@@ -162,19 +164,19 @@ def _reach(name: str, folders: dict[str, Path], hub: bool) -> tuple[str, str | N
     return "hub", name, ""
 
 
-def verify_twin(twin: Twin, say: Say) -> Result:
-    """Compare a synthetic twin, values included."""
-    say(twin.name)
+def verify_synthetic(checkpoint: SyntheticCheckpoint, say: Say) -> Result:
+    """Compare a synthetic checkpoint, values included."""
+    say(checkpoint.name)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "source", Path(folder) / "written"
         source.mkdir()
         target.mkdir()
-        expected = twin.build(source)
+        expected = checkpoint.build(source)
         try:
-            parity = convert_checkpoint(source, target, expected=expected, **twin.arguments)
+            parity = convert_checkpoint(source, target, expected=expected, **checkpoint.arguments)
         except DpzooError as error:
-            return Result(twin.name, "synthetic", problem=str(error).splitlines()[0])
-    return Result(twin.name, "synthetic", parity)
+            return Result(checkpoint.name, "synthetic", problem=str(error).splitlines()[0])
+    return Result(checkpoint.name, "synthetic", parity)
 
 
 def _verdict(result: Result) -> str:

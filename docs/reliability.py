@@ -23,14 +23,14 @@ TESTS = ("models/test_inputs.py", "test_checkpoints.py", "test_files.py", "test_
 PAGE = """\
 # What happens when something is wrong
 
-The tests hand the package odd arguments, damaged checkpoints, configs and ledgers, and stop it in the
-middle of its writes. Each case has to end in one of four ways; anything else fails the test:
+The tests give the package odd arguments, and damaged checkpoints, configs and ledgers. They also stop it in
+the middle of its writes. Each case has to end in one of four ways; anything else fails the test:
 
 - **clear error**: an error of dpzoo's own, which names the thing, the value got and the value wanted. In
   the commands it is one line and exit status 2 (1 where `convert` compared and found a difference), with
   `--json` an object `{{"ok": false, ...}}`.
-- **as stock**: accepted, with the value that stock transformers has; of a private step, the value of the
-  rows alone.
+- **as stock**: accepted, with the value of stock transformers; for a private step, the value of the rows
+  alone.
 - **more than stock**: accepted where stock transformers fails, as the docstring says (position ids with a
   dimension of size 1 too many, say).
 - **whole**: the old file, folder or account or the new one, and nothing else left.
@@ -39,8 +39,8 @@ middle of its writes. Each case has to end in one of four ways; anything else fa
 
 Silently wrong is a case whose result differs from stock's or from what was written, and no error says so.
 A hang is a case of over {hang} seconds. Lost is a write after which neither the old nor the new can be
-read. A flipped bit in the numbers of a weight is no damage that a stock checkpoint can show: it has no
-checksum. (DPTrainer's checkpoints have one, and refuse it.)
+read. A flipped bit in a weight cannot be noticed in a stock checkpoint, which has no checksum. (DPTrainer's
+checkpoints have one, and refuse it.)
 
 Made with {versions} by
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
     from dpzoo.clipping import PrivacyEngine
     from dpzoo.conversion import convert, to_transformers
-    from dpzoo.data import prime_empty_batches
     from dpzoo.empirical import Canaries, RunReport, audit_run
     from dpzoo.errors import (
         ConversionError,
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
         RobertaForTokenClassification,
         RobertaModel,
     )
+    from dpzoo.poisson import prime_empty_batches
     from dpzoo.pretrained import from_config, from_pretrained
     from dpzoo.registry import list_models
     from dpzoo.training import Recipe, train
@@ -124,7 +124,7 @@ __all__ = [
 
 _HOMES = (
     "errors",
-    "data",
+    "poisson",
     "losses",
     "clipping",
     "models.bert",

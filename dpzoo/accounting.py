@@ -98,7 +98,7 @@ def compare(history: History, delta: float) -> Comparison:
 
     Returns:
         The epsilons and how far PRV and PLD are apart: one implementation finds the other's errors. RDP is
-        larger by nature, and no warning comes of that.
+        normally the largest, and gives no warning for that.
 
     Raises:
         InputError: an entry that is no (noise multiplier, sample rate, steps); a delta out of range.

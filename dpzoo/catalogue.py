@@ -1,6 +1,6 @@
 """Well-known public checkpoints: what they are, how large, and how their keys are laid out.
 
-The data is in ``catalogue.toml`` beside this file, with its sources. Nothing here looks at a hub.
+The data is in ``catalogue.toml`` next to this file, with its sources. Nothing here contacts a hub.
 """
 
 import sys

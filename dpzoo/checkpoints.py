@@ -1,7 +1,7 @@
-"""The door that checkpoints come through in every command: read, or refused in one clear line.
+"""Reading checkpoints for the commands: they are read, or refused with a one-line error.
 
-Libraries from elsewhere read the files, and each has its own errors; what the files can hold wrong is not
-bounded. Here all of it ends in an `InputError` that names the checkpoint.
+Other libraries read the files, and each has its own errors for what can be wrong with a file. Here all of
+them become an `InputError` that names the checkpoint.
 """
 
 import copy

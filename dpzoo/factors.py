@@ -15,13 +15,13 @@ Rounding. A Gram norm is a sum of t^2 terms that may cancel. With u the unit rou
 term <l_t, l_s> <r_t, r_s> is computed with an error of the order of u |l_t| |l_s| |r_t| |r_s|, so the
 squared norm has one of the order of u b^2, where b = sum_t |l_t| |r_t| (`magnitude`). The same holds for
 the weighted sum: each product l_t r_t^T is rounded, and the row's share of the sum differs from the exact
-one by at most the order of u b. `rounding_bound` makes an upper bound of the norm from both.
+one by at most the order of u b. An upper bound of the norm is made from both.
 
 Shapes: rows of the batch n, positions t or s, weight (out, in). Everything is float32 or wider.
 
 Where the unit of privacy is more than a row, its rows are one longer row: G_u = sum_i sum_t l_it r_it^T,
 over the rows i of unit u. `Group` joins the positions of units that have equally many rows, and all the
-above holds of what comes of it.
+above holds for the joined rows.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ class LayerInput:
             == (source.data_ptr(), source.shape, source.stride(), source.dtype, source._version)
         )
 
-    def seal(self) -> None:
-        """No more readers: let go of what only a further one would need."""
+    def release(self) -> None:
+        """No more readers: free what only another reader would need."""
         self.source = None
         self._grams.clear()
         for own in self._joined.values():
-            own.seal()
+            own.release()
         self._joined.clear()
 
     def gram(self, rows: slice, columns: slice) -> torch.Tensor:

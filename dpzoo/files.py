@@ -1,8 +1,7 @@
-"""Files and folders that appear whole: written beside their place, then renamed into it.
+"""Files and folders that appear complete: written under another name, then renamed.
 
-Whatever ends the process, and at whatever instant, what was there before stands until the new has taken
-its place, which is one rename. What a killed process leaves beside the place (``.part-...-NAME``) is
-removed by the next one that writes the same name.
+The old file or folder stays until one rename replaces it by the new one. So a process may end at any time.
+What a killed process leaves (``.part-...-NAME``) is removed by the next one that writes the same name.
 """
 
 import ctypes

@@ -1,8 +1,9 @@
-"""An append-only record of the steps that runs have begun and of what they released, beside checkpoints.
+"""An append-only record of the steps that runs have begun and of what they released, next to checkpoints.
 
-A checkpoint tells what was spent until it was written. The ledger tells what was spent after it too: by a
-process that was killed, by a step that was done again with other sums, by another continuation of the same
-checkpoint. It says so before the step is taken: a step that was begun is paid for, whatever became of it.
+A checkpoint tells what was spent until it was written. The ledger also tells what was spent afterwards: by
+a process that was killed, by a step that was repeated with other sums, by another continuation of the same
+checkpoint. A step is written to it before it is taken. So a step that was begun is paid for, finished or
+not.
 
 The file has a line for each entry: JSON, a space, a hash of the line before it and of this one. The first
 line has a random number. So
@@ -71,7 +72,7 @@ class Ledger:
         self._forget()
 
     def begin(self, run: str, step: int, *, noise_multiplier: float, sample_rate: float) -> None:
-        """Enter a step, before it is taken: before its rows are drawn or its noise is.
+        """Write a step, before it is taken: before its rows or its noise are drawn.
 
         Args:
             run: the run's name.
@@ -94,7 +95,7 @@ class Ledger:
                 self._append(["begin", run, step, noise, rate])
 
     def commit(self, run: str, step: int, digest: str) -> bool:
-        """Enter what a step releases, before it is released: when its noise is drawn.
+        """Write what a step releases, before it is released: when its noise is drawn.
 
         Args:
             run: the run's name.

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from dpzoo.errors import InputError, UnsupportedConfigError, UnsupportedModelError
+from dpzoo.factors import upcast
 from dpzoo.shapes import IDS, check
 
 IGNORE_INDEX = -100
@@ -63,9 +64,8 @@ def token_losses(
     batch, classes = logits.shape[0], logits.shape[-1]
     check("labels", labels, dtypes=CLASSES, high=classes, ignored=ignore_index, advice=NUM_LABELS)
     labels = labels.to(logits.device)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     per_token = F.cross_entropy(
-        wide.reshape(labels.numel(), classes),
+        upcast(logits).reshape(labels.numel(), classes),
         labels.reshape(labels.numel()),
         reduction="none",
         ignore_index=ignore_index,
@@ -209,11 +209,10 @@ def _sequence_losses(logits: torch.Tensor, labels: torch.Tensor, problem: str) -
             f"labels of a {problem} model have shape {tuple(labels.shape)}, wanted "
             f"{tuple(logits.shape)}: one value for each output of each row."
         )
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if problem == "regression":
-        return F.mse_loss(wide, labels.to(wide.dtype), reduction="none").mean(1)
-    targets = labels.to(wide.dtype)
-    return F.binary_cross_entropy_with_logits(wide, targets, reduction="none").mean(1)
+    logits = upcast(logits)
+    targets = labels.to(logits.dtype)
+    loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits, targets, reduction="none").mean(1)
 
 
 def batch_mean(losses: torch.Tensor | None) -> torch.Tensor | None:
@@ -288,7 +287,7 @@ class ModelLoss:
         if isinstance(model, str) and model not in self.TASKS:
             raise InputError(
                 f"ModelLoss got {model!r}, wanted a model or one of: {', '.join(self.TASKS)}. "
-                f"A reduction goes by name: ModelLoss(reduction='none')."
+                f"Pass a reduction by keyword: ModelLoss(reduction='none')."
             )
         self.task: str | None = (
             model if model is None or isinstance(model, str) else _task_of(model)

@@ -1,7 +1,7 @@
-"""All that dpzoo reads and sets in Opacus beyond its public interface: for a new release, the file to read.
+"""All that dpzoo reads and sets in Opacus beyond its public interface: read this for a new Opacus release.
 
-Written against opacus 1.6.0. ``tests/test_opacus_internals.py`` holds the names against the installed one,
-and finds a use of them anywhere else.
+Written for opacus 1.6.0. ``tests/test_opacus_internals.py`` compares the names with the installed version,
+and finds uses of them in other files.
 """
 
 from __future__ import annotations

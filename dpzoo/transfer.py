@@ -1,8 +1,8 @@
-"""Parameters handed from a model to one of another class, in memory: what conversion runs on.
+"""Copying parameters from a model to one of another class, in memory: the base of conversion.
 
 The two sides have the same parameter names. What differs is one rule as data, which runs both ways:
 the projections of `dpzoo.layers.transposed` have their weights transposed. Everything else is
-handed over as it is, and shares its storage with the model it came from.
+passed on unchanged, and shares its storage with the model it came from.
 """
 
 import copy
@@ -118,7 +118,7 @@ SETTINGS = ("p", "eps", "padding_idx")
 
 
 def _carry(model: PreTrainedModel, built: PreTrainedModel) -> None:
-    """What a model has beside its parameters: modes, settings, generation config, names."""
+    """What a model has besides its parameters: modes, settings, generation config, names."""
     built.name_or_path = model.name_or_path
     if getattr(model, "generation_config", None) is not None:
         built.generation_config = copy.deepcopy(model.generation_config)

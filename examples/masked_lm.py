@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from support import recipes
-from support.rows import IGNORED, Batch, Rows, hold_out, read_lines
+from support.data import read_lines
+from support.rows import IGNORED, Batch, Rows, hold_out
 from support.texts import tokenize
 from support.training import (
     delta_of,

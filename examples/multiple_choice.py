@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.data import DataError
+from support.data import DataError, read_lines
 from support.recipes import TrainingRecipe, from_options
-from support.rows import Rows, hold_out, read_lines
+from support.rows import Rows, hold_out
 from support.texts import accuracy
 from support.training import delta_of, launch, load, options, save, show, train_privately
 

@@ -38,7 +38,7 @@ from tests.support import (
 
 GPT2 = [name for name in NAMES if FAMILY[name] == "gpt2"]
 SPARE_BIAS = [name for name in TIED if FAMILY[name] in ("bert", "roberta")]
-"""Classes whose stock twin has a second bias beside the decoder's."""
+"""Classes whose stock class has a second bias beside the decoder's."""
 
 
 def trainable(model: nn.Module) -> dict[str, bool]:
@@ -168,7 +168,7 @@ def test_a_frozen_untied_head_stays_frozen(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_flags_are_carried_module_by_module(name: str) -> None:
-    """A body put in eval mode by hand (no dropout) must not wake up in the twin."""
+    """A body put in eval mode by hand (no dropout) must not wake up in the converted model."""
     stock = stock_model(name).train()
     body = (
         stock.base_model
@@ -252,7 +252,7 @@ def test_a_bare_encoder_without_pooler_stays_without_one() -> None:
 
 
 def test_buffers_of_the_way_back_are_stock_values() -> None:
-    """Stock embeddings keep position and token type ids in buffers; the twin is built without data."""
+    """Stock embeddings keep position and token type ids in buffers; conversion builds without data."""
     for name in ("BertModel", "RobertaModel", "DistilBertModel", "GPT2Model"):
         stock = stock_model(name)
         back = dpzoo.to_transformers(dpzoo.convert(stock))
@@ -575,24 +575,24 @@ def test_copies_are_whole_models(name: str, way: str) -> None:
         stock = stock_model(name, tie_word_embeddings=tied)
         wanted = snapshot(stock)
         zoo = dpzoo.convert(stock)
-        twin = COPIES[way](zoo)
-        assert module_types(twin) == module_types(zoo)
-        assert tied_groups(twin) == tied_groups(zoo)
-        assert_bit_equal(twin.state_dict(), wanted)
-        assert_same_outputs(twin, zoo, inputs_for(name), tolerance=0.0)
+        copied = COPIES[way](zoo)
+        assert module_types(copied) == module_types(zoo)
+        assert tied_groups(copied) == tied_groups(zoo)
+        assert_bit_equal(copied.state_dict(), wanted)
+        assert_same_outputs(copied, zoo, inputs_for(name), tolerance=0.0)
         with torch.no_grad():
-            for parameter in twin.parameters():
+            for parameter in copied.parameters():
                 parameter.zero_()
         assert_bit_equal(zoo.state_dict(), wanted)
-        twin.load_state_dict(wanted, strict=True)
-        assert_bit_equal(dpzoo.to_transformers(twin).state_dict(), wanted)
+        copied.load_state_dict(wanted, strict=True)
+        assert_bit_equal(dpzoo.to_transformers(copied).state_dict(), wanted)
 
 
 # --- what is refused ----------------------------------------------------------------------------
 
 
 def test_an_unsupported_class_is_named_with_what_is_supported() -> None:
-    """A class without a twin must not fall to a neighbour's."""
+    """A class without a counterpart must not fall to a neighbour's."""
     config = transformers.AlbertConfig(
         vocab_size=61, hidden_size=24, num_attention_heads=3, intermediate_size=20, embedding_size=8
     )
@@ -799,7 +799,7 @@ def test_config_fields_that_cannot_be_honoured_are_refused(
 
 
 def test_a_stock_model_with_a_refused_config_is_refused() -> None:
-    """Conversion builds the twin from the config, and so sees what the constructor sees."""
+    """Conversion builds the model from the config, and so sees what the constructor sees."""
     stock = stock_model("BertLMHeadModel", add_cross_attention=True)
     with pytest.raises(dpzoo.UnsupportedConfigError, match="add_cross_attention=True"):
         dpzoo.convert(stock)

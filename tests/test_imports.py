@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "versions",
     ),
     ("shapes",),
-    ("accounting", "data", "layers", "ledger", "losses"),
+    ("accounting", "layers", "ledger", "losses", "poisson"),
     ("clipping", "grad_samplers", "transfer"),
     ("heads", "models"),
     ("registry",),

@@ -1,5 +1,6 @@
 """The files around the code say what the code does: versions, constraints, commands, configs."""
 
+import importlib
 import importlib.metadata
 import importlib.resources
 import json
@@ -189,6 +190,15 @@ def test_every_public_name_is_there() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.split() == ["attend", "False"]
+
+
+def test_a_former_module_is_still_there_and_warns() -> None:
+    sys.modules.pop("dpzoo.clipping.loss", None)
+    with pytest.warns(
+        FutureWarning, match=r"dpzoo\.clipping\.loss is now dpzoo\.clipping\.criterion"
+    ):
+        former = importlib.import_module("dpzoo.clipping.loss")
+    assert former.PrivateLoss is importlib.import_module("dpzoo.clipping.criterion").PrivateLoss
 
 
 def test_an_import_brings_nothing_along_and_is_quick() -> None:

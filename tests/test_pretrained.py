@@ -85,7 +85,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
 
 
 def assert_loaded(zoo: Any, stock: Any) -> None:
-    """The dpzoo twin of a stock model, ready to use, as stock ``from_pretrained`` leaves one."""
+    """A stock model, converted to dpzoo, ready to use, as stock ``from_pretrained`` leaves one."""
     assert type(zoo) is getattr(dpzoo, type(stock).__name__)
     assert not any(module.training for module in zoo.modules())
     assert all(parameter.requires_grad for parameter in zoo.parameters())

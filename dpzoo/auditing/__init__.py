@@ -1,9 +1,9 @@
-"""The audit: what a batch proves about a model's private training, and what a loop gives away.
+"""The audit: what a batch proves about a model's private training, and what a loop reveals.
 
 The package is called ``auditing`` because `dpzoo.audit` is the function: a submodule of that name
 would replace it in the package's namespace for whoever imports the submodule.
 
-It knows no family: any `torch.nn.Module` and any batch will do.
+It works with any `torch.nn.Module` and any batch.
 """
 
 from dpzoo.auditing.findings import CheckResult, Finding, Severity, ShapeRow

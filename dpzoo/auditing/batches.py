@@ -2,7 +2,7 @@
 
 A batch is a mapping of keyword arguments or a tuple of positional ones. Its tensors with at least
 one dimension have the rows first; everything else (flags, scalars, a tensor of another length) is
-handed on as it is.
+passed on unchanged.
 """
 
 import re

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 
 from dpzoo.auditing.batches import Batch
-from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.module import BookKeepingModule
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.errors import InputError
@@ -37,21 +36,21 @@ class EachRow(BookKeepingOptimizer):
         self.norms = {parameter: value.sqrt() for parameter, value in squared.items()}
         return {None: torch.ones_like(norms)}
 
-    def add_rows(self, book: Book, named: Any, inputs: Any = (), whole: Any = None) -> Any:
+    def add_rows(self, store: FactorStore, named: Any, inputs: Any = (), whole: Any = None) -> Any:
         """As `BookKeepingOptimizer.add_rows`; each sum is taken with one row's factor 1, the others' 0."""
-        close = book.close
+        weighted_sum = store.weighted_sum
 
         def each(parameter: Any, weights: Any, kept: Any = None, *rest: Any, **more: Any) -> Any:
             ones = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
-            rows = [close(parameter, one, kept, None, forget=False) for one in ones]
+            rows = [weighted_sum(parameter, one, kept, None, forget=False) for one in ones]
             self.shares[parameter] = torch.stack(rows).detach()
-            return close(parameter, weights, kept, *rest, **more)
+            return weighted_sum(parameter, weights, kept, *rest, **more)
 
-        vars(book)["close"] = each
-        return super().add_rows(book, named, inputs, whole)
+        vars(store)["weighted_sum"] = each
+        return super().add_rows(store, named, inputs, whole)
 
 
-class BookMode(OpacusMode):
+class BookKeepingMode(OpacusMode):
     """`dpzoo.PrivacyEngine`'s mode "bk" around a copy of a model.
 
     A row's gradient is read off the sum itself: all rows run together, and sums are taken in which the row
@@ -64,7 +63,7 @@ class BookMode(OpacusMode):
     def run(
         self, batch: Batch, weights: torch.Tensor | None = None, unit_ids: Any = None
     ) -> ModeRun:
-        """As `OpacusMode.run`; with ids of the rows' units, (rows,), of units in the place of rows."""
+        """As `OpacusMode.run`; with ids of the rows' units, (rows,), for units instead of rows."""
         try:
             self.clear()
             each = self._each_row(batch, weights, unit_ids)
@@ -109,27 +108,7 @@ class BookMode(OpacusMode):
     def private_backward(self, batch: Batch, optimizer: Any, factor: float = 1.0) -> None:
         self.wrapper.backward(self.losses(batch) * factor, optimizer)
 
-    def step_after(self, before: Batch, batch: Batch, max_grad_norm: float) -> Gradients:
-        """What a noiseless step sums up when another batch's step came before it.
-
-        Raises:
-            Exception: whatever is raised; the copy is discarded then.
-        """
-        try:
-            self.clear()
-            optimizer = self.optimizer(max_grad_norm)
-            for part in (before, batch):
-                optimizer.zero_grad()
-                self.private_backward(part, optimizer)
-                optimizer.pre_step()
-            summed = {n: p.grad.detach().clone() for n, p in self.parameters.items()}
-            self.clear()
-            return summed
-        except Exception:
-            self.discard()
-            raise
-
 
 def mode_around(make: Any, mode: str, loss: Any) -> OpacusMode:
     """A mode around copies of a model; arguments as `OpacusMode`."""
-    return (BookMode if mode == "bk" else OpacusMode)(make, mode, loss)
+    return (BookKeepingMode if mode == "bk" else OpacusMode)(make, mode, loss)

@@ -1,4 +1,4 @@
-"""Coverage and unit: is there a per-sample gradient, for every parameter, of the row?"""
+"""Coverage and privacy unit: is there a per-sample gradient, for every parameter, of the row?"""
 
 import torch
 from opacus.validators import ModuleValidator
@@ -6,10 +6,10 @@ from torch import nn
 
 from dpzoo.auditing.capture import Trace
 from dpzoo.auditing.findings import ShapeRow
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 from dpzoo.modes import MODES
 from dpzoo.opacus_internals import has_grad_sampler
 
@@ -19,7 +19,7 @@ PER_ROW = (
 )
 
 
-def coverage(subject: Subject, record: Record) -> None:
+def coverage(subject: ModelUnderAudit, record: Record) -> None:
     """Every trainable parameter has a per-sample gradient with the batch's dimension.
 
     Catches: position tables that see (1, seq) ids, parameters without a grad_sample, parameters
@@ -34,7 +34,7 @@ def coverage(subject: Subject, record: Record) -> None:
         _mode(subject, record, mode)
 
 
-def unit(subject: Subject, record: Record) -> None:
+def privacy_unit(subject: ModelUnderAudit, record: Record) -> None:
     """The batch dimension inside the model is the number of rows.
 
     Catches: multiple choice flattened to (rows * choices, seq), tokens flattened into the batch,
@@ -69,7 +69,7 @@ def unit(subject: Subject, record: Record) -> None:
         )
 
 
-def shapes(subject: Subject) -> list[ShapeRow]:
+def shapes(subject: ModelUnderAudit) -> list[ShapeRow]:
     """The layer-by-layer table of activation, backprop and grad_sample shapes."""
     mode = next((m for m in subject.modes if not MODES[m].norms), None)
     rows = subject.mode_run(mode).rows if mode else {}
@@ -93,7 +93,7 @@ def shapes(subject: Subject) -> list[ShapeRow]:
     return table
 
 
-def _held(subject: Subject, traces: list[Trace]) -> list[str]:
+def _held(subject: ModelUnderAudit, traces: list[Trace]) -> list[str]:
     modules = {trace.module for trace in traces}
     return [
         name
@@ -102,12 +102,12 @@ def _held(subject: Subject, traces: list[Trace]) -> list[str]:
     ]
 
 
-def _opacus(subject: Subject) -> bool:
+def _opacus(subject: ModelUnderAudit) -> bool:
     """Whether a mode of Opacus' own is audited: bk has other ways, and names itself what it refuses."""
     return any(not MODES[mode].own for mode in subject.modes)
 
 
-def _structure(subject: Subject, record: Record) -> None:
+def _structure(subject: ModelUnderAudit, record: Record) -> None:
     """What the module tree says before anything runs."""
     opacus_errors = (
         ModuleValidator.validate(subject.model, strict=False) if _opacus(subject) else []
@@ -153,7 +153,7 @@ def _structure(subject: Subject, record: Record) -> None:
         )
 
 
-def _traced(subject: Subject, record: Record) -> None:
+def _traced(subject: ModelUnderAudit, record: Record) -> None:
     """What the modules saw in a forward pass."""
     for trace in subject.traces:
         by_keyword = trace.calls and all(not c.positional and c.keywords for c in trace.calls)
@@ -182,7 +182,7 @@ def _traced(subject: Subject, record: Record) -> None:
             )
 
 
-def _mode(subject: Subject, record: Record, mode: str) -> None:
+def _mode(subject: ModelUnderAudit, record: Record, mode: str) -> None:
     run = subject.mode_run(mode)
     if run.error:
         tying = "tying" in run.error.lower()
@@ -224,7 +224,7 @@ def _mode(subject: Subject, record: Record, mode: str) -> None:
         _sums(subject, record, mode, sums)
 
 
-def _missing(subject: Subject, record: Record, mode: str, names: list[str]) -> None:
+def _missing(subject: ModelUnderAudit, record: Record, mode: str, names: list[str]) -> None:
     """Parameters without a per-sample gradient, by cause."""
     if not names:
         return
@@ -259,7 +259,7 @@ def _missing(subject: Subject, record: Record, mode: str, names: list[str]) -> N
 
 
 def _without_uses(
-    subject: Subject, record: Record, reached: list[str], unreached: list[str]
+    subject: ModelUnderAudit, record: Record, reached: list[str], unreached: list[str]
 ) -> None:
     """Parameters that bk has no use of: no row is in their sums, which are noise."""
     for names, why, remedy in (
@@ -289,7 +289,9 @@ def _without_uses(
             )
 
 
-def _sums(subject: Subject, record: Record, mode: str, sums: dict[str, torch.Tensor]) -> None:
+def _sums(
+    subject: ModelUnderAudit, record: Record, mode: str, sums: dict[str, torch.Tensor]
+) -> None:
     """The sum over rows is autograd's gradient."""
     truth = subject.total_gradient(subject.batch)
     wrong = record.differ(sums, truth, subject.tolerance)
@@ -322,7 +324,9 @@ def _sums(subject: Subject, record: Record, mode: str, sums: dict[str, torch.Ten
         )
 
 
-def _only_padding(subject: Subject, name: str, got: torch.Tensor, truth: torch.Tensor) -> bool:
+def _only_padding(
+    subject: ModelUnderAudit, name: str, got: torch.Tensor, truth: torch.Tensor
+) -> bool:
     for owner in subject.owners([name]):
         module = subject.model.get_submodule(owner)
         row = getattr(module, "padding_idx", None)

@@ -1,22 +1,22 @@
-"""Exactness, mode parity, split invariance: is it the row's own gradient, however it is computed?"""
+"""Exactness, the clipped sum, microbatching: does every way to compute it give the row's own gradient?"""
 
 import torch
 
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import (
     Gradients,
+    clip_and_sum,
     clip_factors,
-    clipped_sum,
     disagreements,
     row_norms,
 )
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 from dpzoo.modes import MODES
 
 
-def exactness(subject: Subject, record: Record) -> None:
-    """Per row and per parameter, each mode's gradient (in ghost mode, norm) is that of the row alone.
+def exactness(subject: ModelUnderAudit, record: Record) -> None:
+    """Per row and per parameter, each mode gives the gradient (in ghost mode, norm) of the row alone.
 
     In bk the gradient is the row's own share of the sum, all rows run together, and the norms that
     clip factors are made from are compared with the shares.
@@ -26,9 +26,8 @@ def exactness(subject: Subject, record: Record) -> None:
     """
     oracle = subject.oracle
     for mode in subject.modes:
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable:
-                continue
+        if not subject.usable(mode, record.skipped):
+            continue
         record.ran()
         if MODES[mode].rows:
             _rows(subject, record, mode, oracle)
@@ -37,7 +36,7 @@ def exactness(subject: Subject, record: Record) -> None:
             _norms(subject, record, mode, summed)
 
 
-def _rows(subject: Subject, record: Record, mode: str, oracle: Gradients) -> None:
+def _rows(subject: ModelUnderAudit, record: Record, mode: str, oracle: Gradients) -> None:
     rows = subject.mode_run(mode).rows
     wrong = record.differ(rows, oracle, subject.tolerance)
     if not wrong:
@@ -74,7 +73,7 @@ def _worst_row(got: torch.Tensor, wanted: torch.Tensor) -> int:
     return int((got - wanted).abs().reshape(len(got), -1).max(1).values.argmax())
 
 
-def _norms(subject: Subject, record: Record, mode: str, truth: Gradients) -> None:
+def _norms(subject: ModelUnderAudit, record: Record, mode: str, truth: Gradients) -> None:
     """The norms that a mode clips by are those of what it adds up: ``truth``."""
     got = subject.mode_run(mode).norms
     wanted = {name: rows.reshape(len(rows), -1).norm(dim=1) for name, rows in truth.items()}
@@ -109,32 +108,31 @@ def _norms(subject: Subject, record: Record, mode: str, truth: Gradients) -> Non
             )
 
 
-def _middle(subject: Subject) -> float:
+def _middle(subject: ModelUnderAudit) -> float:
     """A clipping norm that clips some rows and leaves others."""
     return max(float(subject.norms.median()), 1e-12)
 
 
-def step_modes(subject: Subject, record: Record) -> list[str]:
+def step_modes(subject: ModelUnderAudit, record: Record) -> list[str]:
     """The modes that can take a step; why others cannot is written down."""
     modes = []
     for mode in subject.modes:
         if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
             record.skip(PER_ROW_LOSS_ONLY[mode])
             continue
-        with subject.usable(mode, record.skipped) as usable:
-            if usable:
-                modes.append(mode)
+        if subject.usable(mode, record.skipped):
+            modes.append(mode)
     return modes
 
 
-def parity(subject: Subject, record: Record) -> None:
+def clipped_sum(subject: ModelUnderAudit, record: Record) -> None:
     """A noiseless Opacus step sums up the same in every mode: the rows' true gradients, clipped.
 
     Catches: a mode whose norms and sums belong to different gradients, second passes that drop a
     part, clip factors applied to the wrong rows.
     """
     clip = _middle(subject)
-    wanted = clipped_sum(subject.oracle, clip_factors(subject.norms, clip))
+    wanted = clip_and_sum(subject.oracle, clip_factors(subject.norms, clip))
     for mode in step_modes(subject, record):
         record.ran()
         try:
@@ -158,7 +156,7 @@ def parity(subject: Subject, record: Record) -> None:
             )
 
 
-def split(subject: Subject, record: Record) -> None:
+def microbatching(subject: ModelUnderAudit, record: Record) -> None:
     """Physical batches of 1, 2, 3 and all rows of one logical batch give one sum.
 
     Catches: losses and layers that depend on the physical batch (token means, batch statistics,

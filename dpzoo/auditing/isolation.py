@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from dpzoo.auditing.batches import Batch
+from dpzoo.auditing.model_under_audit import CannotRunError, ModelUnderAudit
 from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import CannotRunError, Subject
 
 REMEDY = (
     "let nothing reduce over the batch dimension: GroupNorm or LayerNorm for batch statistics, a loss "
@@ -18,7 +18,7 @@ MANY = 16
 TOGETHER = "run together with the other rows"
 
 
-def isolation(subject: Subject, record: Record) -> None:
+def isolation(subject: ModelUnderAudit, record: Record) -> None:
     """A row's gradient is unchanged when other rows change in content, labels, padding or number.
 
     Catches: batch norm, in-batch means and negatives, token-mean losses (transformers' own on
@@ -48,7 +48,7 @@ def isolation(subject: Subject, record: Record) -> None:
             return  # one way in which it depends is enough to be named
 
 
-def _variants(subject: Subject, row: int) -> Iterator[tuple[str, Batch, int]]:
+def _variants(subject: ModelUnderAudit, row: int) -> Iterator[tuple[str, Batch, int]]:
     """(what changed, the batch, where the row is in it)."""
     batch, rows = subject.batch, subject.rows
     yield TOGETHER, batch, row
@@ -67,7 +67,7 @@ def _variants(subject: Subject, row: int) -> Iterator[tuple[str, Batch, int]]:
 
 
 def _compare(
-    subject: Subject, record: Record, title: str, batch: Batch, place: int, truth: Gradients
+    subject: ModelUnderAudit, record: Record, title: str, batch: Batch, place: int, truth: Gradients
 ) -> bool:
     """Compare a row in a batch with the row alone; whether it differs."""
     try:

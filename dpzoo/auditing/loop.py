@@ -1,4 +1,4 @@
-"""`dpzoo.audit_loop`: what a training loop's own objects give away."""
+"""`dpzoo.audit_loop`: what the objects of a training loop reveal about it."""
 
 import copy
 import time
@@ -55,7 +55,7 @@ def audit_loop(
             transformers' Trainer, ``args.max_grad_norm``).
 
     Returns:
-        A report with the checks "loop lint", "freshness", "noise" and, given ``step``, "loop trials"
+        A report with the checks "loop lint", "stale_state", "noise" and, given ``step``, "loop trials"
         and "loop steps". Its verdict is `AuditReport.ok`, as of `dpzoo.audit`.
 
     Raises:
@@ -82,7 +82,7 @@ def audit_loop(
 
     checks: list[tuple[str, Callable[[Record], None], str]] = [
         ("loop lint", lint, LINT_CATCHES),
-        ("freshness", lambda record: _freshness(loop, record), FRESHNESS_CATCHES),
+        ("stale_state", lambda record: _stale_state(loop, record), STALE_STATE_CATCHES),
         ("noise", lambda record: _noise(loop, record), NOISE_CATCHES),
     ]
     if step is not None:
@@ -116,7 +116,7 @@ LINT_CATCHES = (
     "accountant's, optimizers of other parameters than the model's, a GradScaler, gradient-norm "
     "clipping after the fact, several draws for one step, the same draws in every pass, noise from a seed"
 )
-FRESHNESS_CATCHES = (
+STALE_STATE_CATCHES = (
     "parameters unfrozen after wrapping, a BatchMemoryManager left early, gradients not cleared"
 )
 NOISE_CATCHES = "noise of the wrong scale, a factor of the batch size, noise that repeats"
@@ -129,12 +129,12 @@ STEPS_CATCHES = (
 
 TRIALS_CATCHES = (
     "rows that a collator or a model cuts, copies, mixes or keeps for the next batch, losses reduced over "
-    "the batch, noise or draws that are seeded in the body, second optimizers and whatever else learns "
-    "from the batch without noise, bodies that train on other rows, empty batches that are skipped"
+    "the batch, noise or draws that are seeded in the body, second optimizers and anything else that "
+    "learns from the batch without noise, bodies that train on other rows, empty batches that are skipped"
 )
 
 
-def _freshness(loop: Loop, record: Record) -> None:
+def _stale_state(loop: Loop, record: Record) -> None:
     """Nothing is left of an earlier state or batch."""
     known = getattr(loop.wrapper, "trainable_parameters", None)
     if isinstance(known, list):

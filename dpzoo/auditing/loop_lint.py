@@ -11,13 +11,13 @@ from dpzoo.auditing.record import Record
 from dpzoo.clipping.draws import CountedSampler
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.units import UnitRows
-from dpzoo.data import rows_of
 from dpzoo.opacus_internals import (
     counts_ghost_norms,
     is_ghost_optimizer,
     is_poisson,
     is_splitting,
 )
+from dpzoo.poisson import rows_of
 
 
 class Loop:
@@ -242,7 +242,7 @@ def settings(
         record.find(
             "utility",
             "the gradient is clipped once more, after per-sample clipping; in ghost mode before the "
-            "noise is added, so that the noise drowns it",
+            "noise is added, and the noise hides it",
             "set it to 0 or leave the call out: the private optimizer clips",
             expected="no clip_grad_norm_",
             got=f"clip_grad_norm_({clip:g})",

@@ -1,9 +1,9 @@
 """Trials of a loop's body: runs on draws that differ in one thing, and what may not differ by it.
 
-Each trial begins with the same weights. The draw is made from the loop's own data set and collator. What
-is drawn at random beside the noise is held fixed. After the private optimizer has made its noisy gradient,
-the trial puts one and the same gradient in its place: whatever still depends on the batch afterwards has
-come past the clipping and the noise.
+Each trial begins with the same weights. The draw is made from the loop's own data set and collator. All
+random numbers except the noise are held fixed. After the private optimizer has made its noisy gradient, the
+trial replaces it by the same gradient in every run. If anything still depends on the batch afterwards, it
+has bypassed the clipping and the noise.
 """
 
 import copy
@@ -70,8 +70,8 @@ class Trial:
     error: str = ""
 
 
-class _Counted(Draws):
-    """Draws that are not held to anything, and whose rows are counted.
+class _RowCount(Draws):
+    """Draws that are not compared with the steps, and whose rows are counted.
 
     Args:
         labels: the units that the rows are of.
@@ -116,8 +116,8 @@ class Trials:
         norms = [o.max_grad_norm for o in clips]
         self._clear()
         if hasattr(optimizer, "draws"):
-            optimizer.draws.strict = False  # ghost mode's criterion goes by it, wherever it is
-            optimizer.draws = _Counted(loop.rows_of(draw)[1])
+            optimizer.draws.strict = False  # ghost mode's criterion uses it, wherever it is
+            optimizer.draws = _RowCount(loop.rows_of(draw)[1])
             optimizer.release = Release(NoiseSource())
         for owner in clips:
             owner.max_grad_norm = clip
@@ -159,7 +159,7 @@ class Trials:
             rows = self._rows()
             stepped = original(*args, **kwargs)
             draws = getattr(self.optimizer, "draws", None)
-            if isinstance(draws, _Counted) and draws.rows:  # some count in the step itself
+            if isinstance(draws, _RowCount) and draws.rows:  # some count in the step itself
                 rows, draws.rows = draws.rows, 0
             if rows is not None:
                 trial.rows = (trial.rows or 0) + rows

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.exactness import step_modes
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import Gradients, clip_factors, row_norms
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
 from dpzoo.auditing.sensitivity import SLACK
-from dpzoo.auditing.subject import Subject
 
 MEMORY = 2e9
 """Bytes of per-sample gradients beyond which a mode of Opacus is left out."""
@@ -19,7 +19,7 @@ REMEDY = (
 )
 
 
-def neighbours(subject: Subject, record: Record) -> None:
+def neighbours(subject: ModelUnderAudit, record: Record) -> None:
     """A row taken out of the batch as given: the others' gradients stay, and the sum moves by its own.
 
     The batch has its own size and padding here, up to 64 rows of it; padding is kept, and made again as
@@ -58,14 +58,14 @@ def neighbours(subject: Subject, record: Record) -> None:
         _clipped(subject, record, mode, batch, own)
 
 
-def _chosen(subject: Subject, batch: Batch) -> list[int]:
+def _chosen(subject: ModelUnderAudit, batch: Batch) -> list[int]:
     """The first row, the last and the longest; one in a quick audit."""
     mask = batch.tensors().get("attention_mask")
     longest = 0 if mask is None else int(mask.reshape(batch.rows, -1).sum(1).argmax())
     return list(dict.fromkeys((longest, 0, batch.rows - 1)))[: 1 if subject.quick else 3]
 
 
-def _rests(subject: Subject, batch: Batch, row: int) -> Iterator[tuple[str, Batch]]:
+def _rests(subject: ModelUnderAudit, batch: Batch, row: int) -> Iterator[tuple[str, Batch]]:
     rest = batch.without(row)
     yield "", rest
     trimmed = rest.trimmed()
@@ -76,7 +76,12 @@ def _rests(subject: Subject, batch: Batch, row: int) -> Iterator[tuple[str, Batc
 
 
 def _differ(
-    subject: Subject, record: Record, title: str, row: int, got: Gradients, wanted: Gradients
+    subject: ModelUnderAudit,
+    record: Record,
+    title: str,
+    row: int,
+    got: Gradients,
+    wanted: Gradients,
 ) -> bool:
     wrong = record.differ(got, wanted, subject.tolerance)
     if wrong:
@@ -93,7 +98,9 @@ def _differ(
     return bool(wrong)
 
 
-def _padding(subject: Subject, record: Record, batch: Batch, own: dict[int, Gradients]) -> None:
+def _padding(
+    subject: ModelUnderAudit, record: Record, batch: Batch, own: dict[int, Gradients]
+) -> None:
     """How far a row is padded leaves its gradient as it is."""
     if subject.loss.source == "outputs":
         return
@@ -130,7 +137,7 @@ def _padding(subject: Subject, record: Record, batch: Batch, own: dict[int, Grad
 
 
 def _clipped(
-    subject: Subject, record: Record, mode: str, batch: Batch, own: dict[int, Gradients]
+    subject: ModelUnderAudit, record: Record, mode: str, batch: Batch, own: dict[int, Gradients]
 ) -> None:
     """What a row moves the clipped sum by is its own gradient, clipped."""
     size = batch.rows * sum(p.numel() * p.element_size() for p in subject.parameters.values())
@@ -164,7 +171,7 @@ def _clipped(
                     f"row {row} moves the clipped sum of the batch by more than the clipping norm"
                     if ratio > 1 + SLACK
                     else f"what row {row} moves the clipped sum of the batch by is not its own gradient",
-                    "see exactness, unit and isolation for the cause; train in a mode that passes",
+                    "see exactness, privacy_unit and isolation for the cause; train in a mode that passes",
                     parameters=wrong,
                     modules=subject.owners(wrong),
                     mode=mode,

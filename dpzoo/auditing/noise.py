@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import torch
 
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.opacus_modes import OpacusMode, first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 
 DEVIATIONS = 6.0
 """How many standard errors a measured figure may be off: false alarms at 1 in 10^9."""
@@ -16,7 +16,7 @@ MANY = 1000
 """Draws from which on a standard deviation is worth stating."""
 
 
-def noise(subject: Subject, record: Record) -> None:
+def noise(subject: ModelUnderAudit, record: Record) -> None:
     """With no signal, a step has noise of standard deviation sigma * C / denominator.
 
     Measured on the mode's own optimizer around the model: the loss times 0, one step, twice.
@@ -30,9 +30,8 @@ def noise(subject: Subject, record: Record) -> None:
         if mode == "ew":
             record.skip("ew: as hooks")
             continue
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable:
-                continue
+        if not subject.usable(mode, record.skipped):
+            continue
         record.ran()
         opacus = subject.opacus(mode)
         steps = []
@@ -51,7 +50,7 @@ def noise(subject: Subject, record: Record) -> None:
         measure(record, steps, wanted, mode=mode)
 
 
-def _silent_step(subject: Subject, opacus: OpacusMode, sigma: float) -> Gradients:
+def _silent_step(subject: ModelUnderAudit, opacus: OpacusMode, sigma: float) -> Gradients:
     opacus.clear()
     optimizer = opacus.optimizer(subject.max_grad_norm, subject.rows, sigma)
     if opacus.mode == "ghost":

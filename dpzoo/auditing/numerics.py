@@ -82,6 +82,6 @@ def clip_factors(norms: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
     return (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
 
 
-def clipped_sum(rows: Mapping[str, torch.Tensor], factors: torch.Tensor) -> Gradients:
+def clip_and_sum(rows: Mapping[str, torch.Tensor], factors: torch.Tensor) -> Gradients:
     """The sum over rows of each row's gradient times its factor."""
     return {name: torch.einsum("i,i...->...", factors.to(g), g) for name, g in rows.items()}

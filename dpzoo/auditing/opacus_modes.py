@@ -179,8 +179,15 @@ class OpacusMode:
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p)
 
-    def clipped_sum(self, parts: Sequence[Batch], max_grad_norm: float) -> Gradients:
+    def clipped_sum(
+        self, parts: Sequence[Batch], max_grad_norm: float, *, one_draw: bool = True
+    ) -> Gradients:
         """What a noiseless step sums up, over physical batches of one logical batch.
+
+        Args:
+            parts: the physical batches.
+            max_grad_norm: the clipping norm.
+            one_draw: False takes a step for each batch; the sum is the last one's.
 
         Raises:
             Exception: whatever Opacus raises; the copy is discarded then.
@@ -189,7 +196,7 @@ class OpacusMode:
             self.clear()
             optimizer = self.optimizer(max_grad_norm)
             for i, part in enumerate(parts):
-                optimizer.signal_skip_step(do_skip=i < len(parts) - 1)
+                optimizer.signal_skip_step(do_skip=one_draw and i < len(parts) - 1)
                 optimizer.zero_grad()
                 self.private_backward(part, optimizer)
                 optimizer.pre_step()

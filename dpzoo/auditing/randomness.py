@@ -1,8 +1,8 @@
 """What a model draws at random in a forward pass, and how the draws are held fixed.
 
-Dropout under any name, stochastic depth and the noise of a variational encoder are no fault: fresh draws
-that do not depend on the data. But two runs differ by them, so that nothing can be compared. Checks of a
-model that draws run with constants in the place of the draws, equal for all rows.
+Dropout under any name, stochastic depth and the noise of a variational encoder are allowed: these draws do
+not depend on the data. But they make two runs differ, so that nothing can be compared. Checks of such a
+model replace the draws by constants, equal for all rows.
 """
 
 import random
@@ -53,11 +53,11 @@ FIXED: dict[str, Fixed] = {
 """Name of torch's random function, less ``_like`` and a last ``_`` -> the constants in its place."""
 
 
-class Draws(TorchDispatchMode):
+class RandomDraws(TorchDispatchMode):
     """Sees what torch draws at random, whatever layer or function asks for it.
 
     Args:
-        fixed: put constants in the place of the draws.
+        fixed: replace the draws by constants.
     """
 
     def __init__(self, fixed: bool) -> None:
@@ -92,11 +92,11 @@ class Draws(TorchDispatchMode):
 
 
 @contextmanager
-def fixed_draws(seed: int = 0) -> Iterator[Draws]:
+def fixed_draws(seed: int = 0) -> Iterator[RandomDraws]:
     """Nothing is random: torch's draws are constants, Python's and numpy's begin with one seed."""
     random.seed(seed)
     np.random.seed(seed)
-    with Draws(fixed=True) as draws:
+    with RandomDraws(fixed=True) as draws:
         yield draws
 
 

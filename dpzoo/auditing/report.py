@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dpzoo.auditing.check_names import current_name
 from dpzoo.auditing.findings import FAILURES, SEVERITIES, CheckResult, Finding, ShapeRow
 from dpzoo.auditing.rendering import render
 from dpzoo.errors import DpzooError
 
 
 class AuditFailedError(DpzooError):
-    """An audit found something that must be mended before training; ``report`` has the details."""
+    """An audit found something that must be fixed before training; ``report`` has the details."""
 
     def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
@@ -69,8 +70,9 @@ class AuditReport:
         return iter(self.results)
 
     def __getitem__(self, check: str) -> CheckResult:
+        name = current_name(check)
         for result in self.results:
-            if result.name == check:
+            if result.name == name:
                 return result
         raise KeyError(f"{check!r}; checks that ran: {', '.join(r.name for r in self.results)}")
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpzoo.auditing.coverage import coverage, shapes, unit
-from dpzoo.auditing.edges import edges
-from dpzoo.auditing.effect import effect
-from dpzoo.auditing.exactness import exactness, parity, split
-from dpzoo.auditing.freshness import freshness
+from dpzoo.auditing.check_names import current_name
+from dpzoo.auditing.coverage import coverage, privacy_unit, shapes
+from dpzoo.auditing.edge_cases import edge_cases
+from dpzoo.auditing.exactness import clipped_sum, exactness, microbatching
 from dpzoo.auditing.isolation import isolation
+from dpzoo.auditing.model_under_audit import CannotRunError, ModelUnderAudit
 from dpzoo.auditing.neighbours import neighbours
 from dpzoo.auditing.noise import noise
 from dpzoo.auditing.opacus_modes import first_line
@@ -25,39 +25,41 @@ from dpzoo.auditing.record import Record
 from dpzoo.auditing.report import AuditReport
 from dpzoo.auditing.row_losses import Loss, losses_of_head
 from dpzoo.auditing.sensitivity import sensitivity
+from dpzoo.auditing.stale_state import stale_state
 from dpzoo.auditing.statelessness import statelessness
-from dpzoo.auditing.subject import CannotRunError, Subject
+from dpzoo.auditing.training_effect import training_effect
 from dpzoo.errors import InputError
 from dpzoo.modes import MODES
 
-Check = Callable[[Subject, Record], None]
+Check = Callable[[ModelUnderAudit, Record], None]
 
 CHECKS: dict[str, Check] = {
     "coverage": coverage,
-    "unit": unit,
+    "privacy_unit": privacy_unit,
     "exactness": exactness,
     "isolation": isolation,
     "statelessness": statelessness,
     "neighbours": neighbours,
     "sensitivity": sensitivity,
-    "parity": parity,
-    "split": split,
-    "edges": edges,
-    "freshness": freshness,
+    "clipped_sum": clipped_sum,
+    "microbatching": microbatching,
+    "edge_cases": edge_cases,
+    "stale_state": stale_state,
     "noise": noise,
-    "effect": effect,
+    "training_effect": training_effect,
 }
 """Check name -> the check, in the order in which they run; each one's docstring says what it catches."""
 
 
 COMPARING = (
-    "exactness", "isolation", "neighbours", "sensitivity", "parity", "split", "freshness", "effect",
+    "exactness", "isolation", "neighbours", "sensitivity", "clipped_sum", "microbatching", "stale_state",
+    "training_effect",
 )  # fmt: skip
-"""Checks that compare runs, which a model that is random whatever is done does not allow."""
+"""Checks that compare runs. They are skipped for a model that stays random with fixed draws."""
 
 DEFAULT_MODES = ("hooks", "ghost", "bk")
 
-QUICK = ("coverage", "exactness", "isolation", "statelessness", "neighbours", "edges", "noise")
+QUICK = ("coverage", "exactness", "isolation", "statelessness", "neighbours", "edge_cases", "noise")
 """The checks of a quick audit, which is in mode "bk"."""
 
 
@@ -75,12 +77,12 @@ def audit(
 ) -> AuditReport:
     """Prove that a model's private training is right on a batch, or name what is wrong.
 
-    Works on any module: dpzoo's, a stock transformers model, the user's own. Everything runs on deep
-    copies in float64, in train mode with dropout off (submodules that are in eval mode stay there, if the
-    model itself is in train mode); per-sample gradients come from unmodified Opacus, in mode "bk" from
-    dpzoo's engine, and are compared, per row and per parameter, with each row run alone under plain
-    autograd. Where a model is random all the same (stochastic depth, a variational encoder), a remark says
-    so, and constants are in the place of what it draws.
+    Works on any module: dpzoo's, a stock transformers model, the user's own. Everything runs on deep copies
+    in float64, in train mode with dropout off (submodules that are in eval mode stay there, if the model
+    itself is in train mode); per-sample gradients come from unmodified Opacus, in mode "bk" from dpzoo's
+    engine, and are compared, per row and per parameter, with each row run alone under plain autograd. If a
+    model is still random (stochastic depth, a variational encoder), its draws are replaced by constants,
+    and a remark says so.
 
     Args:
         model: a module before `make_private`, on any device.
@@ -125,8 +127,8 @@ def audit(
         if batch is None:
             batch = batch_of(model)
 
-        def subject(modes: tuple[str, ...], loss: Loss | None) -> Subject:
-            return Subject(
+        def subject(modes: tuple[str, ...], loss: Loss | None) -> ModelUnderAudit:
+            return ModelUnderAudit(
                 model,
                 batch,
                 loss=loss,
@@ -152,7 +154,7 @@ def audit(
 
 
 def _report(
-    subjects: Sequence[Subject],
+    subjects: Sequence[ModelUnderAudit],
     modes: tuple[str, ...],
     names: Iterable[str],
     start: float,
@@ -206,6 +208,10 @@ def chosen(
         modes = ("bk",) if quick else DEFAULT_MODES
     if checks is None:
         checks = QUICK if quick else CHECKS
+    elif isinstance(checks, str):
+        checks = current_name(checks)
+    else:
+        checks = [current_name(name) for name in checks]
     return _known("modes", modes, tuple(MODES)), _known("checks", checks, tuple(CHECKS))
 
 

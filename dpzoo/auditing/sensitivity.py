@@ -1,4 +1,4 @@
-"""Sensitivity: how far do the clipped sums of neighbouring batches lie apart?"""
+"""Sensitivity: by how much do the clipped sums of neighbouring batches differ?"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from dpzoo.auditing.batches import Batch
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import Gradients, clip_factors, gram, row_norms
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 
 SLACK = 1e-3
 SWEEP = (0.01, 0.3, 1.0, 1.5, 3.0, 10.0)
@@ -31,7 +31,7 @@ class Side:
     norms: torch.Tensor
 
 
-def sensitivity(subject: Subject, record: Record) -> None:
+def sensitivity(subject: ModelUnderAudit, record: Record) -> None:
     """Adding or removing a row changes the clipped sum by at most the clipping norm C.
 
     Swept over C from far below to far above the rows' norms, for the batch as it is, with one row
@@ -43,9 +43,8 @@ def sensitivity(subject: Subject, record: Record) -> None:
     """
     modes = []
     for mode in subject.modes:
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable and not _countable(subject, mode):
-                continue
+        if not subject.usable(mode, record.skipped) and not _countable(subject, mode):
+            continue
         if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
             record.skip(PER_ROW_LOSS_ONLY[mode])
             continue
@@ -70,7 +69,7 @@ def sensitivity(subject: Subject, record: Record) -> None:
             record.find(
                 "privacy",
                 f"neighbouring batches' clipped sums differ by more than the clipping norm ({title})",
-                "the noise is calibrated to C, so epsilon does not hold; see isolation, unit and "
+                "the noise is calibrated to C, so epsilon does not hold; see isolation, privacy_unit and "
                 "exactness for the cause",
                 mode=mode,
                 expected=f"at most {clip:.4g} (C)",
@@ -78,7 +77,7 @@ def sensitivity(subject: Subject, record: Record) -> None:
             )
 
 
-def _countable(subject: Subject, mode: str) -> bool:
+def _countable(subject: ModelUnderAudit, mode: str) -> bool:
     """Whether a mode's per-sample gradients can be clipped, though not one to a row."""
     if mode == "ghost":
         return False
@@ -87,7 +86,7 @@ def _countable(subject: Subject, mode: str) -> bool:
     return not run.error and run.rows.keys() == subject.parameters.keys() and len(lengths) == 1
 
 
-def _neighbours(subject: Subject) -> Iterator[tuple[str, Batch, int, torch.Tensor | None]]:
+def _neighbours(subject: ModelUnderAudit) -> Iterator[tuple[str, Batch, int, torch.Tensor | None]]:
     """(what the batch is, the batch, the row that is removed, weights of the rows' losses)."""
     batch, rows = subject.batch, subject.rows
     yield "the batch as it is", batch, 0, None
@@ -108,7 +107,7 @@ def _neighbours(subject: Subject) -> Iterator[tuple[str, Batch, int, torch.Tenso
         yield "one row without labels", batch.ignoring([0]), 0, None
 
 
-def _without_a_unit(subject: Subject, record: Record) -> Iterator[tuple[float, str, float]]:
+def _without_a_unit(subject: ModelUnderAudit, record: Record) -> Iterator[tuple[float, str, float]]:
     """`_worst` of a batch of some units, as it is and with one unit's losses scaled by 1e3."""
     assert subject.units is not None
     mode: Any = subject.opacus("bk")
@@ -135,7 +134,7 @@ def _without_a_unit(subject: Subject, record: Record) -> Iterator[tuple[float, s
 
 
 def _sides(
-    subject: Subject, modes: list[str], batch: Batch, weights: torch.Tensor | None
+    subject: ModelUnderAudit, modes: list[str], batch: Batch, weights: torch.Tensor | None
 ) -> dict[str, Side | None]:
     """The batch's rows in each mode; None where it raises or is not finite."""
     sides: dict[str, Side | None] = {}
@@ -161,7 +160,7 @@ def _sides(
     return sides
 
 
-def _with_zeros(subject: Subject, rows: Gradients) -> Gradients:
+def _with_zeros(subject: ModelUnderAudit, rows: Gradients) -> Gradients:
     """With zeros for the parameters that no row has a share of: branches that did not run."""
     count = len(next(iter(rows.values())))
     return {
@@ -170,7 +169,7 @@ def _with_zeros(subject: Subject, rows: Gradients) -> Gradients:
     }
 
 
-def _own_rows(subject: Subject, batch: Batch, weights: torch.Tensor | None) -> Gradients:
+def _own_rows(subject: ModelUnderAudit, batch: Batch, weights: torch.Tensor | None) -> Gradients:
     rows = subject.own_rows(batch)
     if weights is None:
         return rows

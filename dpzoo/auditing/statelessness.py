@@ -1,15 +1,15 @@
-"""Statelessness: what the model keeps of a batch beside its gradients."""
+"""Statelessness: what the model keeps of a batch besides its gradients."""
 
 import copy
 
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 from dpzoo.clipping.frozen import FrozenWatch, refuse_learning_buffers
 from dpzoo.errors import InputError, UnsupportedModelError
 
 
-def statelessness(subject: Subject, record: Record) -> None:
+def statelessness(subject: ModelUnderAudit, record: Record) -> None:
     """In a training forward no buffer and no frozen parameter changes.
 
     Catches: running statistics of BatchNorm (affine or not, frozen or not) and InstanceNorm, running

@@ -1,16 +1,16 @@
-"""What was drawn, and what came of it: one step is one Poisson draw, whole, each row once.
+"""One step is one complete Poisson draw, each row once: draws are counted, and steps compared with them.
 
-The accountant is told that a step saw one draw, in which each row was with the sample rate, and added at
-most one clipped gradient for it. `Draws` holds the loop to that. The engine's loader notes how many rows
-each draw has, where they are drawn, before a collator or a model can cut, join or drop them. A backward
-pass that brings more rows than the draw has left is refused; so is a step with fewer; so is a draw that
-is passed over, an empty one too: skipping what is empty makes a step's noise depend on who was drawn.
+The accountant assumes that a step took one draw, in which each row was with the sample rate, and added at
+most one clipped gradient for it. `Draws` enforces that. The engine's loader counts the rows of each draw,
+before a collator or a model can cut, join or drop them. A backward pass with more rows than the draw has
+left is refused. A step with fewer rows is refused, too, and so is a draw without a step. That includes
+empty draws: if they were skipped, a step's noise would depend on who was drawn.
 
 Parts of one draw add up: several backward passes before the step, or `BatchMemoryManager`. Leaving the
-loader early drops what was begun.
+loader early drops an unfinished step.
 
 Where units are drawn (`dpzoo.clipping.units`), the draw also says whose each row is: its rows come unit by
-unit. A part takes units whole.
+unit. A part takes whole units.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dpzoo.clipping.units import UnitRows, Units, checked_ids
 from dpzoo.errors import InputError
 
 ONE_STEP = "One step takes the rows of one draw, each once"
-SAMPLED = 1024  # elements of a long row that stand for it
+SAMPLED = 1024  # elements of a long row that are compared
 
 
 class Draw(NamedTuple):
@@ -47,7 +47,7 @@ class Draws:
     """The draws of one engine and optimizer, in the order in which they are handed out.
 
     Args:
-        strict: whether steps are held to the draws; False where the caller answers for them.
+        strict: whether steps are compared with the draws; False where the caller is responsible for them.
         drop: called when what was begun is over: forget its sums.
         dataset: the units that are drawn; None: rows are.
     """
@@ -63,7 +63,7 @@ class Draws:
         self._taken = 0
         self._left: dict[int, int] | None = None  # of the draw's units; None: all of them
         self._named = False  # the coming rows' units, by ids
-        self._seen: set[Any] = set()  # ids of the step's units, where the caller answers for them
+        self._seen: set[Any] = set()  # ids of the step's units, where nothing is compared
         self._parts: list[torch.Tensor] = []  # by which rows are seen that share memory
         self._came: dict[int, Counter[int]] = {}  # input: its rows so far, by which copies are seen
         self._columns: list[torch.Tensor] = []  # of the batch that was handed out last
@@ -189,8 +189,8 @@ class Draws:
             raise InputError(
                 f"A backward pass brought {rows} rows, and no draw of the private loader is open. Under "
                 f"Poisson sampling the rows of a step must come from the loader that make_private "
-                f"returned: iterate it, and take a step for each of its batches. To answer for the draws "
-                f"yourself, call make_private(poisson_sampling=False)."
+                f"returned: iterate it, and take a step for each of its batches. To be responsible for "
+                f"the draws yourself, call make_private(poisson_sampling=False)."
             )
         if self._handed is not None and self._handed > 1:
             raise InputError(
@@ -205,9 +205,9 @@ class Draws:
             )
         if self._drawn[0].units and not self._named and self._moved(rows, inputs):
             raise self._refuse(
-                "The rows of a backward pass are not in the order in which the loader has them, which says "
-                "whose each is. Wanted the batch as it came, or parts of it in its order; or the ids of "
-                "the rows' units, in theirs: backward(unit_ids=...)."
+                "The rows of a backward pass are not in the order of the loader, which says whose each is. "
+                "Wanted the batch as it came, or parts of it in its order; or the ids of the rows' units, "
+                "in the rows' order: backward(unit_ids=...)."
             )
         if self._taken + rows > self._drawn[0].rows:
             taken, drawn = self._taken, self._drawn[0].rows
@@ -265,8 +265,8 @@ class Draws:
         if not self._drawn:
             raise InputError(
                 "optimizer.step() was called, and no draw of the private loader is open. Under Poisson "
-                "sampling each step belongs to one batch of the loader that make_private returned. To "
-                "answer for the draws yourself, call make_private(poisson_sampling=False)."
+                "sampling each step belongs to one batch of the loader that make_private returned. To be "
+                "responsible for the draws yourself, call make_private(poisson_sampling=False)."
             )
         drawn, taken = self._drawn[0].rows, self._taken
         if taken != drawn:
@@ -339,7 +339,7 @@ class CountedSampler(Sampler[list[int]]):
         return getattr(self.__dict__["sampler"], name)
 
 
-class _Counted(DataLoader[Any]):
+class _CountedLoader(DataLoader[Any]):
     """A loader that says when it hands out a batch."""
 
     def __iter__(self) -> Any:
@@ -362,7 +362,7 @@ def count_draws(loader: DataLoader[Any], draws: Draws) -> DataLoader[Any]:
         loader: with a batch sampler.
         draws: where they are noted.
     """
-    # A DataLoader does not let go of its sampler, nor of its class.
+    # A DataLoader does not allow another sampler or class.
     loader.__dict__["batch_sampler"] = CountedSampler(loader.batch_sampler, draws)
-    loader.__class__ = type(type(loader).__name__, (_Counted, type(loader)), {})
+    loader.__class__ = type(type(loader).__name__, (_CountedLoader, type(loader)), {})
     return loader

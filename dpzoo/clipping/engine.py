@@ -20,9 +20,9 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from dpzoo.clipping.criterion import PrivateCriterion
 from dpzoo.clipping.draws import Draws, count_draws
 from dpzoo.clipping.frozen import FrozenWatch, refuse_learning_buffers
-from dpzoo.clipping.loss import PrivateCriterion
 from dpzoo.clipping.module import BookKeepingHooks, BookKeepingModule
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import (
@@ -35,11 +35,11 @@ from dpzoo.clipping.optimizer import (
 )
 from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader
-from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
 from dpzoo.files import whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
+from dpzoo.poisson import prime_empty_batches
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     In every mode:
 
-    - A step is held to one draw of the returned loader (`dpzoo.clipping.draws`), under Poisson sampling.
-      ``poisson_sampling=False`` says that the caller answers for the draws.
+    - A step has to take one draw of the returned loader (`dpzoo.clipping.draws`), under Poisson sampling.
+      With ``poisson_sampling=False`` the caller is responsible for the draws.
     - Noise comes from a secret key (`dpzoo.clipping.noise`). ``secure_mode=True`` is the same; it refuses
       a ``noise_generator``, which would void the guarantee.
     - Nothing but trainable parameters may change in a training forward (`dpzoo.clipping.frozen`).
@@ -154,8 +154,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             _refuse_sampler(data_loader)
         else:
             log.warning(
-                "poisson_sampling=False: epsilon is computed for Poisson draws, and the caller answers for "
-                "the draws and for the rows of each step."
+                "poisson_sampling=False: epsilon is computed for Poisson draws, and the caller is "
+                "responsible for the draws and for the rows of each step."
             )
         criterion = (
             nn.CrossEntropyLoss(reduction=loss_reduction) if criterion is None else criterion
@@ -311,13 +311,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> None:
         """As Opacus', with what the noise of the coming steps depends on, written aside and renamed.
 
-        Beside the file, ``PATH.ledger`` has the steps that were begun since: a run that goes on from the
-        file owes them. Whoever reads the file can compute the noise of the coming steps: it is readable
-        by its owner only; keep it as the data are kept.
+        Next to the file, ``PATH.ledger`` lists the steps that were begun since. A run that continues from
+        the file pays for them. Whoever reads the file can compute the noise of the coming steps. So only
+        its owner can read it; protect it like the data.
 
         Raises:
             InputError: the model is under FSDP2.
-            OSError: it could not be written; what was there before stands.
+            OSError: it could not be written; an older file is unchanged.
         """
         if any(isinstance(p, DTensor) for p in module.parameters()):
             raise InputError(
@@ -477,9 +477,9 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
         which = batches if batches is not None and type(batches) is not BatchSampler else sampler
         raise InputError(
             f"The data_loader has a {type(which).__name__}, and Poisson sampling would replace it: each "
-            f"row would be drawn with one and the same probability. Wanted a loader with shuffle=True or "
+            f"row would be drawn with the same probability. Wanted a loader with shuffle=True or "
             f"False and no sampler. Weight the rows in the loss instead, or call "
-            f"make_private(poisson_sampling=False) and answer for the accounting yourself."
+            f"make_private(poisson_sampling=False), and be responsible for the accounting yourself."
         )
 
 

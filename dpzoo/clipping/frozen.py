@@ -68,8 +68,8 @@ class FrozenWatch:
         self._before: list[tuple[str, torch.Tensor, int, int | None]] = []
         self._values: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._enter, prepend=True),
-            model.register_forward_hook(self._leave, always_call=True),
+            model.register_forward_pre_hook(self._before_forward, prepend=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -82,7 +82,7 @@ class FrozenWatch:
         watched.update(self._model.named_parameters())
         return {name: unexpanded(tensor) for name, tensor in watched.items()}
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
         if self._depth > 1:
             return
@@ -96,7 +96,7 @@ class FrozenWatch:
                 if not isinstance(tensor, nn.Parameter) and name not in self._values:
                     self._values[name] = tensor.detach().clone()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
         if self._depth or not self._before:
             return

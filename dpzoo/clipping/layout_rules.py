@@ -3,7 +3,7 @@
 A rule gets the number of rows, the function's arguments, one of its inputs with that input's layout, and
 the output. It returns the layout of the output (a list, for several outputs; None for numbers that are
 the same for all rows), or raises `Mixing` where entries of several rows are combined, or `Unknown` where
-it cannot tell. `dpzoo.clipping.picking` has the rules of functions that pick entries.
+it cannot tell. `dpzoo.clipping.index_rules` has the rules of functions that select entries.
 """
 
 from __future__ import annotations
@@ -13,19 +13,7 @@ from typing import Any
 
 import torch
 
-from dpzoo.clipping.layouts import (
-    FIRST,
-    AnyLayout,
-    Layout,
-    Mixing,
-    Picked,
-    Rule,
-    Unknown,
-    argument,
-    dims_of,
-    shifted,
-)
-from dpzoo.clipping.picking import (
+from dpzoo.clipping.index_rules import (
     concatenated,
     gather,
     index,
@@ -34,6 +22,18 @@ from dpzoo.clipping.picking import (
     parts,
     repeats_entries,
     unbind,
+)
+from dpzoo.clipping.layouts import (
+    FIRST,
+    AnyLayout,
+    Indexed,
+    Layout,
+    Mixing,
+    Rule,
+    Unknown,
+    argument,
+    dims_of,
+    shifted,
 )
 
 
@@ -76,7 +76,7 @@ def reduction(at: int = 1) -> Rule:
         if layout.dim in dims:
             raise Mixing
         first = out[0] if isinstance(out, tuple) else out
-        if first.ndim == x.ndim or isinstance(layout, Picked):
+        if first.ndim == x.ndim or isinstance(layout, Indexed):
             return layout
         return layout._replace(dim=layout.dim - sum(d < layout.dim for d in dims))
 
@@ -84,8 +84,8 @@ def reduction(at: int = 1) -> Rule:
 
 
 def refold(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
-    """``view`` and its kin: the same entries in the same order, cut into other dimensions."""
-    if isinstance(layout, Picked):
+    """``view`` and similar functions: the same entries in the same order, in other dimensions."""
+    if isinstance(layout, Indexed):
         if out.shape[:1] != x.shape[:1]:
             raise Unknown
         return layout
@@ -125,7 +125,7 @@ def order_of(
 
 def squeeze(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """Dimensions of one entry disappear."""
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         return layout
     dim = argument(args, kwargs, 1, ("dim",))
     gone = [d for d in range(x.ndim) if x.shape[d] == 1]
@@ -138,7 +138,7 @@ def squeeze(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, 
 
 def repeats(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
     """``repeat`` and ``tile``: whole copies along each dimension."""
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         raise Unknown
     dim = layout.dim + out.ndim - x.ndim
     times = out.shape[dim] // x.shape[layout.dim]
@@ -170,7 +170,7 @@ def new_dimension(
     dim = argument(args, kwargs, 1, ("dim",), 0) % out.ndim
     if dim > layout.dim:
         return layout
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         raise Unknown
     return layout._replace(dim=layout.dim + 1)
 
@@ -189,7 +189,7 @@ def product(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, 
         place = out.ndim - (1 if other.ndim == 1 else 2) if left else out.ndim - 1
     else:
         place = out.ndim - from_right + (1 if other.ndim == 1 else 0)
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         if place:
             raise Unknown
         return layout
@@ -240,7 +240,7 @@ def einsum(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, o
     inputs, output = args[0].replace(" ", "").split("->")
     terms = inputs.split(",")
     at = next(k for k, o in enumerate(operands) if o is x)
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         raise Unknown
     spread = max(
         o.ndim - len(t.replace("...", "")) if "..." in t else 0
@@ -305,7 +305,7 @@ def diagonal(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout,
     two = argument(args, kwargs, 3, ("dim2",), 1) % x.ndim
     if layout.dim in (one, two):
         raise Mixing
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         return layout
     return layout._replace(dim=layout.dim - sum(d < layout.dim for d in (one, two)))
 
@@ -317,7 +317,7 @@ def elementwise_reduced(
     dim = kwargs.get("dim", -1) % x.ndim
     if dim == layout.dim:
         raise Mixing
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         return layout
     return layout._replace(dim=layout.dim - (dim < layout.dim) + out.ndim - (x.ndim - 1))
 

@@ -1,14 +1,14 @@
 """Where the rows of a batch are in a tensor, followed from function to function.
 
 A tensor of the batch has its rows along its first dimension. What functions do to it may move that
-dimension (``transpose``), fold it with others (``view(rows * seq, hidden)``), repeat it, or pick
+dimension (``transpose``), fold it with others (``view(rows * seq, hidden)``), repeat it, or select
 entries of it (``x[chosen]``). A layout says where the rows went. It is derived from the function and
 its arguments, not from sizes: with as many rows as tokens, heads and features it is the same.
 
 Where no rule is known for a function, and its output has the rows' size in its first dimension, the
 layout is a guess, and the recorder has the step checked by a second backward pass (see
-`dpzoo.clipping.verification`). Where rows meet each other (a mean over the batch), the result is
-`MIXED`, and using it with a row or a parameter is refused.
+`dpzoo.clipping.verification`). Where rows are combined (a mean over the batch), the result is
+`Mixed`, and using it with a row or a parameter is refused.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Layout(NamedTuple):
     inner: int = 1
 
 
-class Picked:
-    """Rows picked along the first dimension: entry k is of row ``ids[k]``.
+class Indexed:
+    """Rows chosen by index along the first dimension: entry k is of row ``ids[k]``.
 
     Args:
         ids: row numbers, (entries,).
@@ -45,7 +45,7 @@ class Picked:
         self.ids = ids
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Picked) and (
+        return isinstance(other, Indexed) and (
             self.ids is other.ids or torch.equal(self.ids, other.ids)
         )
 
@@ -56,7 +56,7 @@ class Mixed:
     """Entries that depend on several rows.
 
     Args:
-        function: where the rows met.
+        function: that combined them.
     """
 
     __slots__ = ("function",)
@@ -65,7 +65,7 @@ class Mixed:
         self.function = function
 
 
-AnyLayout = Layout | Picked
+AnyLayout = Layout | Indexed
 Rule = Callable[[int, tuple[Any, ...], dict[str, Any], torch.Tensor, AnyLayout, Any], Any]
 """(rows, args, kwargs, input, its layout, output) -> layout of the output, or of each output."""
 
@@ -108,12 +108,12 @@ def row_ids(layout: AnyLayout, size: int, rows: int, device: torch.device) -> to
     """The row of each entry along the layout's dimension, (size,)."""
     if layout is SINGLE:
         return torch.zeros(size, dtype=torch.long, device=device)
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         return layout.ids
     return torch.arange(size, device=device).div_(layout.inner, rounding_mode="floor") % rows
 
 
-def picked(ids: torch.Tensor, rows: int) -> AnyLayout:
+def indexed(ids: torch.Tensor, rows: int) -> AnyLayout:
     """The layout of entries of the rows ``ids``: a plain one where they are in order and complete."""
     count = len(ids)
     if count and count % rows == 0:
@@ -121,17 +121,17 @@ def picked(ids: torch.Tensor, rows: int) -> AnyLayout:
         plain = torch.arange(count, device=ids.device).div_(inner, rounding_mode="floor")
         if torch.equal(ids, plain):
             return Layout(0, 1, inner)
-    return Picked(ids)
+    return Indexed(ids)
 
 
 def rows_first(x: torch.Tensor, layout: AnyLayout, rows: int) -> torch.Tensor:
     """(rows, ...): the dimension of the rows first, what was folded with it in its old place.
 
-    `Picked` rows are padded with zeros to the longest row's number of entries: (rows, longest, ...).
+    `Indexed` rows are padded with zeros to the longest row's number of entries: (rows, longest, ...).
     """
     if layout is SINGLE:
         return x.unsqueeze(0)
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         where = places(layout.ids, rows)
         out = x.new_zeros(rows, int(where[1]), *x.shape[1:])
         out[layout.ids, where[0]] = x
@@ -161,7 +161,7 @@ def shifted(layout: AnyLayout, x: torch.Tensor, out: torch.Tensor) -> AnyLayout:
     more = out.ndim - x.ndim
     if not more:
         return layout
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         raise Unknown
     return layout._replace(dim=layout.dim + more)
 
@@ -170,14 +170,14 @@ def layout_key(layout: AnyLayout) -> Any:
     """What of a layout does not depend on the batch's sizes."""
     if layout is SINGLE:
         return "one row"
-    if isinstance(layout, Picked):
-        return "picked"
+    if isinstance(layout, Indexed):
+        return "indexed"
     return (layout.dim, layout.outer > 1, layout.inner > 1)
 
 
 def per_row(grad: torch.Tensor, layout: AnyLayout, rows: int) -> torch.Tensor:
     """(rows, ...): what was folded with the rows' dimension is summed, to one entry."""
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         out = grad.new_zeros(rows, *grad.shape[1:])
         return out.index_add_(0, layout.ids, grad).unsqueeze(1)
     first = rows_first(grad, layout, rows)

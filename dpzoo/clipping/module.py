@@ -1,4 +1,4 @@
-"""The model's half of book-keeping: taps on its layers, and the backward pass that reads them."""
+"""The wrapped model of book-keeping: it records forward passes, and runs the private backward pass."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from dpzoo.clipping.book import Book
-from dpzoo.clipping.graph import Enter, refuse_unseen
-from dpzoo.clipping.meetings import meet
+from dpzoo.clipping.autograd_graph import RecordUse, refuse_unseen
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.ranks import Shards, refuse_unseen_ranks, silence
 from dpzoo.clipping.recorder import Recorder, run_backward
 from dpzoo.clipping.units import Units
+from dpzoo.clipping.use_rules import record_call
 from dpzoo.clipping.verification import Verification
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.opacus_internals import forget_hooks
@@ -34,7 +34,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
     """A model whose forward passes are recorded, without wrapping it (``wrap_model=False``).
 
     Args:
-        m: the model: any module whose parameters meet the batch in torch functions. What a row
+        m: the model: any module that uses its parameters in torch functions. What a row
             computes must not depend on other rows.
         batch_first: must be True.
         loss_reduction: "mean" or "sum", of the criterion.
@@ -56,7 +56,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             forget_hooks(parameter)
             setattr(parameter, "summed_grad", None)  # noqa: B010  (not an attribute of tensors)
         self.anchor = torch.zeros((), device=_device(m), requires_grad=True)
-        self._book: Book | None = None
+        self._store: FactorStore | None = None
         self._recorder: Recorder | None = None
         self._depth = 0
         self._empty = False  # the forward pass under way is an empty batch's
@@ -104,7 +104,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             self._example = _mapped(first, (args, kwargs))
         named, whole = self._trained()
         self._names = trained = {id(whole.get(p, p)): name for name, p in named}
-        self._recorder = recorder = Recorder(self, rows, meet)
+        self._recorder = recorder = Recorder(self, rows, record_call)
         recorder.inputs = [t for t in tensors if t.ndim and len(t) == rows]
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
@@ -182,7 +182,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         node = tensor.grad_fn
         return "a parameter of no module" if node is None else f"the output of {node.name()}"
 
-    def enter(self, enter: Enter, grads: tuple[torch.Tensor, ...], saved: Any) -> None:
+    def record_use(self, record: RecordUse, grads: tuple[torch.Tensor, ...], saved: Any) -> None:
         """Let a tap's backward record its use; for `dpzoo.clipping.recorder.Tap`."""
         if self._verifying:
             return
@@ -192,7 +192,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 "trainable parameters. grad_sample_mode='bk' does not record backward passes of backward "
                 "passes. Freeze the parameters below, or use grad_sample_mode='functorch'."
             )
-        if self._book is None:
+        if self._store is None:
             raise InputError(
                 "An ordinary loss was backpropagated through a model in grad_sample_mode='bk': its "
                 "gradients would not be clipped. Call backward() on what the criterion from "
@@ -203,7 +203,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             torch.no_grad(),
             torch.autocast(grads[0].device.type, enabled=False),
         ):
-            enter(self._book, *(g.detach() for g in grads), *(s.detach() for s in saved))
+            record(self._store, *(g.detach() for g in grads), *(s.detach() for s in saved))
 
     # --- backward -------------------------------------------------------------------------------
 
@@ -239,10 +239,10 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             self._names = {key: n for key, (n, _) in zip(uses, named, strict=True)}
             units = optimizer.draws.units(len(losses), unit_ids)
             with self._waiting("backward pass"):
-                book = self._record(units.mean(losses), list(uses.values()), units)
+                store = self._record(units.mean(losses), list(uses.values()), units)
             inputs = [] if self._recorder is None else self._recorder.inputs
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-                made = optimizer.add_rows(book, named, inputs, whole)
+                made = optimizer.add_rows(store, named, inputs, whole)
         except BaseException as error:
             optimizer.drop()  # nothing, rather than a part
             optimizer.draws.abandon()
@@ -251,16 +251,18 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._norms, self._factors, left_out = made
         self.nonfinite_rows += left_out
 
-    def _record(self, losses: torch.Tensor, parameters: list[torch.Tensor], units: Units) -> Book:
+    def _record(
+        self, losses: torch.Tensor, parameters: list[torch.Tensor], units: Units
+    ) -> FactorStore:
         rows = len(losses)
-        book = Book(rows, parameters, units)
+        store = FactorStore(rows, parameters, units)
         if not rows and self._shards is not None:
             for _ in range(1 + self._any_rank(False)):
                 with self._gathering():
                     pass
             self._shards.clear()
         if not rows or (losses.grad_fn is None and not parameters):
-            return book
+            return store
         if losses.grad_fn is None:
             raise InputError(
                 "The losses have no gradient in grad_sample_mode='bk', wanted those of a forward pass with "
@@ -291,21 +293,21 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                     checked = Verification(losses, parameters, recorder, units)
             finally:
                 self._verifying = False
-        self._book = book
+        self._store = store
         try:
-            with self._gathering(book.hand_on):
+            with self._gathering(store.resolve_computed):
                 run_backward(recorder, losses.sum(), self.anchor, retain_graph=False)
         finally:
-            self._book = None
+            self._store = None
             if self._shards is not None:
                 self._shards.clear()
         recorder.refuse_changed()
-        squared = book.squared_norms()
-        if checked is None or checked.compare(book, squared, self.name_of):
+        squared = store.squared_norms()
+        if checked is None or checked.compare(store, squared, self.name_of):
             self._checked[kind] = count
         recorder.spent = True
         self._earlier.clear()
-        return book
+        return store
 
     def _waiting(self, place: str) -> Any:
         """Name the ranks that FSDP2 waits for in vain."""
@@ -392,7 +394,7 @@ def _refuse_model(model: nn.Module) -> None:
 
 
 def hook_of(hook: Any) -> bool:
-    """Whether a forward hook is that of a `BookKeepingHooks`."""
+    """Whether a forward hook belongs to a `BookKeepingHooks`."""
     return isinstance(getattr(hook, "__self__", None), BookKeepingHooks)
 
 
@@ -401,8 +403,8 @@ def _refuse_hooks(named: list[tuple[str, torch.Tensor]]) -> None:
     for name, parameter in named:
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedModelError(
-                f"{name} has a gradient hook (Tensor.register_hook), which grad_sample_mode='bk' would "
-                f"pass by: it forms no ordinary gradient. Remove the hook, or freeze the parameter."
+                f"{name} has a gradient hook (Tensor.register_hook), which grad_sample_mode='bk' would not "
+                f"call: it computes no ordinary gradient. Remove the hook, or freeze the parameter."
             )
 
 

@@ -1,4 +1,4 @@
-"""The optimizer's half: clip factors, and noise added in place to sums that are already clipped."""
+"""The private optimizer: clip factors, and noise added in place to sums that are already clipped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
-from dpzoo.clipping.book import Book
 from dpzoo.clipping.draws import Draws
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.ranks import Ranks, scattered
 from dpzoo.clipping.rules import ClippingRule, rule_of
@@ -30,7 +30,7 @@ from dpzoo.opacus_internals import (
 
 
 class Release:
-    """Numbers and names the steps of a run, and enters them in its ledger.
+    """Numbers and names the steps of a run, and writes them to its ledger.
 
     Args:
         noise: the source of the noise.
@@ -48,7 +48,7 @@ class Release:
         self._ledgers: dict[str, Ledger] = {}
 
     def watched_by(self, ledger: Ledger) -> Ledger:
-        """Enter the coming steps in a ledger, too; the ledger of that path."""
+        """Write the coming steps to a ledger, too; returns the ledger of that path."""
         if not self.keeps_ledgers:
             return ledger
         return self._ledgers.setdefault(str(ledger.path.absolute()), ledger)
@@ -195,7 +195,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
     def add_rows(
         self,
-        book: Book,
+        store: FactorStore,
         named: list[tuple[str, torch.Tensor]],
         inputs: Any = (),
         whole: dict[torch.Tensor, torch.Tensor] | None = None,
@@ -203,10 +203,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         """Add the clipped rows of a backward pass to the sums.
 
         Args:
-            book: what the backward pass recorded.
+            store: what the backward pass recorded.
             named: (name, parameter) of all that are trained.
             inputs: the model's, (rows, ...) each.
-            whole: parameter -> what it is in the book, where it is something else (under FSDP2).
+            whole: parameter -> what it is in the store, where it is something else (under FSDP2).
 
         Returns:
             (norms, clip factors or None for several), (units,) each, and how many units were left out
@@ -232,10 +232,10 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 "Parameters were frozen or unfrozen between two parts of one draw, wanted the same to be "
                 "trained in all of them. Change what is trained between steps. The sums are dropped."
             )
-        self.draws.take(book.rows, inputs)
+        self.draws.take(store.rows, inputs)
         self._trained = trained
         whole = whole or {}
-        by_use = book.squared_norms()
+        by_use = store.squared_norms()
         # Large tables, which come first in a model, last: what other layers hold is free by then. One order
         # on all ranks, because FSDP2 adds up parameter by parameter.
         uses = {p: whole.get(p, p) for _, p in reversed(named)}
@@ -244,27 +244,29 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         total = (
             torch.stack([v.to(device) for v in squared.values()]).sum(0)
             if squared
-            else torch.zeros(book.units.count, device=device)
+            else torch.zeros(store.units.count, device=device)
         )
         factors = self.clip_factors(squared, total.sqrt())
         finite = total.isfinite()
         if self.statistics is not None:
-            self.statistics.see_rows(squared, total.sqrt(), self.max_grad_norm)
+            self.statistics.record_rows(squared, total.sqrt(), self.max_grad_norm)
         kept = None if bool(finite.all()) else finite
         for parameter, use in uses.items():
             if parameter in squared:
                 weights = factors[parameter if parameter in factors else None].to(use.device)
                 here = None if kept is None else kept.to(use.device)
-                self._add_up(parameter, partial(book.close, use, weights, here))
+                self._add_up(parameter, partial(store.weighted_sum, use, weights, here))
             else:
                 self._add_up(parameter, None)
             setattr(parameter, "summed_grad", self.sums.get(parameter))  # noqa: B010
         return total.sqrt(), factors.get(None), int((~finite).sum())
 
-    def _add_up(self, parameter: torch.Tensor, close: Callable[[Any], torch.Tensor] | None) -> None:
-        """Add a backward pass's sum to a parameter's; ``close`` is None if no row reached it."""
-        if close is not None:
-            self.sums[parameter] = close(self.sums.get(parameter))
+    def _add_up(
+        self, parameter: torch.Tensor, weighted_sum: Callable[[Any], torch.Tensor] | None
+    ) -> None:
+        """Add a backward pass's sum to a parameter's; ``weighted_sum`` is None if no row reached it."""
+        if weighted_sum is not None:
+            self.sums[parameter] = weighted_sum(self.sums.get(parameter))
 
     def drop(self) -> None:
         """Forget the sums, and what a `BatchMemoryManager` has announced."""
@@ -300,7 +302,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
 
         Args:
             set_to_none: free ``grad`` (as in torch.optim, and unlike Opacus, the default): the sums
-                of the next batch are new tensors, beside which zeros would be kept for nothing.
+                of the next batch are new tensors, and zeros would take memory for nothing.
         """
         if not skipped_last(self) and self.sums:
             self.draws.abandon()
@@ -347,7 +349,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
         std = self.gradient_noise_multiplier * clipped_at
         scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
         if self.statistics is not None:
-            self.statistics.see_sums(grads, std)
+            self.statistics.record_sums(grads, std)
         self._noise_in_place(grads, std, scale)
         self._forget()
         for parameter, grad in zip(self.params, grads, strict=True):
@@ -432,12 +434,12 @@ class ShardedBookKeepingOptimizer(DistributedBookKeepingOptimizer):
     shared key and under its own name, which covers the sums of all shards.
     """
 
-    def _add_up(self, parameter: Any, close: Callable[[Any], torch.Tensor] | None) -> None:
+    def _add_up(self, parameter: Any, weighted_sum: Callable[[Any], torch.Tensor] | None) -> None:
         dtype, device = sum_dtype(parameter), parameter.device
         whole = (
             torch.zeros(parameter.shape, dtype=dtype, device=device)
-            if close is None
-            else close(None)
+            if weighted_sum is None
+            else weighted_sum(None)
         )
         with self.ranks.waiting("sums of a backward pass"):
             shard = scattered(whole.to(dtype), parameter)

@@ -1,4 +1,4 @@
-"""Sees every torch function of a forward pass, and records where rows and parameters meet.
+"""Sees every torch function of a forward pass, and records where rows and parameters are used together.
 
 In a private forward pass the recorder, a `TorchFunctionMode`, is asked for every torch function that
 the model calls. Tensors that come from the batch are *rows* and carry a layout (`layouts`). Tensors
@@ -7,14 +7,14 @@ else there is, is constant.
 
 - A function of rows and constants runs as it is, and its output is rows.
 - A function of shared tensors and constants runs as it is, and its output is shared.
-- Where rows and shared tensors meet, the output gets a tap (linear, embedding, layer_norm and other
-  functions whose per-row gradients are known by factors), or the shared tensor is expanded to the rows
-  and tapped there (functions that work entry by entry, `matmul` with batch dimensions, attention
+- A function of both is a use of parameters. The output gets a tap (linear, embedding, layer_norm and
+  other functions whose per-row gradients are known by factors), or the shared tensor is expanded to the
+  rows and tapped there (functions that work entry by entry, `matmul` with batch dimensions, attention
   masks), or the per-row gradient of that one function is computed row by row (everything else).
 
-A tap is the identity. Its backward hands what it sees to the backward pass's `Book`. It has an edge to
-an anchor, a scalar that needs a gradient: asking autograd for the anchor's gradient alone runs
-everything between the loss and the taps and nothing else, so no weight gradient is computed
+A tap is the identity. Its backward gives what it sees to the backward pass's `FactorStore`. It has an
+edge to an anchor, a scalar that needs a gradient. Asking autograd for the anchor's gradient alone runs
+everything between the loss and the taps, and nothing else, so no weight gradient is computed
 (Bu et al. 2023, arXiv 2210.00038, section 3).
 
 Modules play no part in this. Parameters in containers, functional ties, positions of shape (1, seq),
@@ -31,9 +31,9 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.autograd_graph import TAP, RecordUse, Tap, inputs_of, walk
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.functions import FIRST_ONLY, FUNCTIONS, PLAIN, Function, resolve, tensors_in
-from dpzoo.clipping.graph import TAP, Enter, Tap, inputs_of, walk
 from dpzoo.clipping.layout_rules import order_of
 from dpzoo.clipping.layouts import (
     FIRST,
@@ -42,34 +42,34 @@ from dpzoo.clipping.layouts import (
     SAME,
     SINGLE,
     AnyLayout,
+    Indexed,
     Layout,
     Mixed,
     Mixing,
-    Picked,
     Unknown,
+    indexed,
     known,
     layout_key,
     layout_of,
     per_row,
-    picked,
     row_ids,
     rows_first,
     shifted,
 )
 from dpzoo.errors import InputError, UnsupportedModelError
 
-PICKING = ("getitem", "unbind", "select", "split", "chunk")
+INDEXING = ("getitem", "unbind", "select", "split", "chunk")
 """Functions that take single rows out of a batch: not alone a reason to refuse what a row computes."""
 
 
-class Meeting(NamedTuple):
+class ParameterCall(NamedTuple):
     """A call of a torch function with rows and shared tensors."""
 
     function: Function
-    call: Callable[..., Any]
+    func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    rowed: list[torch.Tensor]
+    row_tensors: list[torch.Tensor]
     shared: list[torch.Tensor]
 
 
@@ -77,23 +77,25 @@ class Recorder(TorchFunctionMode):
     """The mode of one forward pass.
 
     Args:
-        owner: has ``anchor``, a scalar that needs a gradient, and ``enter(enter, grads, saved)``, which
-            a tap's backward calls.
+        owner: has ``anchor``, a scalar that needs a gradient, and ``record_use(record, grads, saved)``,
+            which a tap's backward calls.
         rows: of the batch.
-        meet: runs a function of rows and shared tensors: `dpzoo.clipping.meetings.meet`.
+        record_call: runs a function of rows and shared tensors: `dpzoo.clipping.use_rules.record_call`.
     """
 
-    def __init__(self, owner: Any, rows: int, meet: Callable[[Recorder, Meeting], Any]) -> None:
+    def __init__(
+        self, owner: Any, rows: int, record_call: Callable[[Recorder, ParameterCall], Any]
+    ) -> None:
         super().__init__()
-        self.owner, self.rows, self._meet = owner, rows, meet
+        self.owner, self.rows, self._record_call = owner, rows, record_call
         self.uses: list[Any] = []
-        """What met what, in which layout: equal for two batches that are recorded in the same way."""
+        """Which function used what, in which layout: equal for batches that are recorded alike."""
         self.guessed = False
         self.on = self.spent = False
         """Whether the forward pass is under way; whether a backward pass was recorded."""
         self.mixed: list[tuple[Any, str]] = []
         """Nodes of outputs in which rows were combined, and the function that combined them."""
-        self._met: list[tuple[Any, int, str]] = []
+        self._used_shared: list[tuple[Any, int, str]] = []
         self.inputs: list[torch.Tensor] = []  # those with the batch's rows in front
         """The first tensor of the batch, (rows, ...)."""
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
@@ -121,21 +123,21 @@ class Recorder(TorchFunctionMode):
         if entry is PLAIN:
             return func(*args, **kwargs) if kwargs else func(*args)
         rows = self.rows
-        rowed: list[torch.Tensor] = []
+        row_tensors: list[torch.Tensor] = []
         shared: list[torch.Tensor] = []
         learning = torch.is_grad_enabled()
         for value in args if not kwargs else (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor):
                 mark = getattr(value, MARK, None)
                 if mark is not None and mark[0] == rows:
-                    rowed.append(value)
+                    row_tensors.append(value)
                 elif learning and value.requires_grad:
                     shared.append(value)
             elif isinstance(value, (list, tuple)):
                 for tensor in tensors_in(value):
                     mark = getattr(tensor, MARK, None)
                     if mark is not None and mark[0] == rows:
-                        rowed.append(tensor)
+                        row_tensors.append(tensor)
                     elif learning and tensor.requires_grad:
                         shared.append(tensor)
         kwargs = kwargs or {}
@@ -144,33 +146,35 @@ class Recorder(TorchFunctionMode):
             if lost:
                 for tensor in lost:
                     self._recover(tensor, entry.name)
-                    rowed.append(tensor)
+                    row_tensors.append(tensor)
                 shared = [t for t in shared if not any(t is other for other in lost)]
         if not shared:
             out = func(*args, **kwargs)
-            if rowed:
-                if entry.simple and len(rowed) == 1 and type(out) is torch.Tensor:
-                    x = rowed[0]
+            if row_tensors:
+                if entry.simple and len(row_tensors) == 1 and type(out) is torch.Tensor:
+                    x = row_tensors[0]
                     if out.ndim == x.ndim:  # the usual case, in short
                         setattr(out, MARK, getattr(x, MARK))
                         return out
-                self.propagate(entry, func, args, kwargs, rowed, out)
+                self.propagate(entry, func, args, kwargs, row_tensors, out)
             return out
-        if not rowed:
+        if not row_tensors:
             out = func(*args, **kwargs)
             self._note(entry, args, kwargs, shared, out)
             return out
-        for tensor in rowed:
+        for tensor in row_tensors:
             if isinstance(self.layout_of(tensor), Mixed):
                 raise InputError(
                     f"{entry.name} was called with a trainable parameter and a tensor in which rows of "
-                    f"the batch were combined by {self.layout_of(tensor).function}, wanted rows that do "
-                    f"not meet: what one row computes must not depend on another."
+                    f"the batch were combined by {self.layout_of(tensor).function}, wanted rows that are "
+                    f"kept apart: what one row computes must not depend on another."
                 )
         for z in shared:
             if z.grad_fn is not None:
-                self._met.append((weakref.ref(z), z._version, entry.name))
-        return self._meet(self, Meeting(entry, func, args, kwargs, rowed, shared))
+                self._used_shared.append((weakref.ref(z), z._version, entry.name))
+        return self._record_call(
+            self, ParameterCall(entry, func, args, kwargs, row_tensors, shared)
+        )
 
     def propagate(
         self,
@@ -178,20 +182,20 @@ class Recorder(TorchFunctionMode):
         func: Any,
         args: Any,
         kwargs: Any,
-        rowed: list[torch.Tensor],
+        row_tensors: list[torch.Tensor],
         out: Any,
     ) -> None:
         """Mark a function's output with the layout of its rows."""
         if isinstance(out, torch.Tensor):
             if entry.in_place and entry.name != "getitem":
                 target = args[0]
-                self._in_place(entry, args, kwargs, rowed, target)
+                self._in_place(entry, args, kwargs, row_tensors, target)
                 return
         elif not isinstance(out, (tuple, list)):
             if entry.name == "setitem":
-                self._in_place(entry, args, kwargs, rowed, args[0])
+                self._in_place(entry, args, kwargs, row_tensors, args[0])
             return
-        layout = self.layout_of_output(entry, func, args, kwargs, rowed, out)
+        layout = self.layout_of_output(entry, func, args, kwargs, row_tensors, out)
         self.mark_all(out, layout)
 
     def mark_all(self, out: Any, layout: Any) -> None:
@@ -213,16 +217,16 @@ class Recorder(TorchFunctionMode):
         func: Any,
         args: Any,
         kwargs: Any,
-        rowed: list[torch.Tensor],
+        row_tensors: list[torch.Tensor],
         out: Any,
     ) -> Any:
         found: Any = None
         if self.rows == 1:
             return SINGLE
         if entry.name in FIRST_ONLY:
-            rowed = [x for x in rowed if x is args[0]]
+            row_tensors = [x for x in row_tensors if x is args[0]]
         try:
-            for x in rowed:
+            for x in row_tensors:
                 layout = getattr(x, MARK)[1]
                 if isinstance(layout, Mixed):
                     return layout
@@ -236,7 +240,7 @@ class Recorder(TorchFunctionMode):
             floating = any(t.is_floating_point() or t.is_complex() for t in tensors_in([out]))
             return Mixed(entry.name) if floating else None
         except Unknown:
-            return self._guess(entry, rowed, out)
+            return self._guess(entry, row_tensors, out)
         return found
 
     def _same_rows(self, a: AnyLayout, b: AnyLayout, out: Any) -> bool:
@@ -251,7 +255,7 @@ class Recorder(TorchFunctionMode):
         self, entry: Function, func: Any, args: Any, kwargs: Any, x: Any, layout: Any, out: Any
     ) -> Any:
         if entry.permuting:
-            if isinstance(layout, Picked) or not isinstance(out, torch.Tensor):
+            if isinstance(layout, Indexed) or not isinstance(out, torch.Tensor):
                 raise Unknown
             order = order_of(func, args, kwargs, x.ndim)
             return layout._replace(dim=order.index(layout.dim))
@@ -259,13 +263,13 @@ class Recorder(TorchFunctionMode):
             raise Unknown
         return entry.rule(self.rows, args, kwargs, x, layout, out)
 
-    def _guess(self, entry: Function, rowed: list[torch.Tensor], out: Any) -> Any:
+    def _guess(self, entry: Function, row_tensors: list[torch.Tensor], out: Any) -> Any:
         """No rule: rows first, if the size is theirs. The step is checked, for these very shapes."""
         self.guessed = True
         outs = list(tensors_in([out]))
-        self.uses.append((entry.name, *(tuple(t.shape) for t in (*rowed, *outs))))
-        layout = getattr(rowed[0], MARK)[1]
-        if all(t.shape == rowed[0].shape for t in outs):
+        self.uses.append((entry.name, *(tuple(t.shape) for t in (*row_tensors, *outs))))
+        layout = getattr(row_tensors[0], MARK)[1]
+        if all(t.shape == row_tensors[0].shape for t in outs):
             return layout
         whole = [
             Layout(0, 1, t.shape[0] // self.rows)
@@ -280,14 +284,14 @@ class Recorder(TorchFunctionMode):
         entry: Function,
         args: Any,
         kwargs: Any,
-        rowed: list[torch.Tensor],
+        row_tensors: list[torch.Tensor],
         target: torch.Tensor,
     ) -> None:
         """The target of an in-place function keeps its layout, or takes that of what is put in."""
         if getattr(target, MARK, None) is not None and self.layout_of(target) is not None:
-            values = [x for x in rowed if x is not target]
+            values = [x for x in row_tensors if x is not target]
             if entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
-                self._check_target(entry, args, kwargs, target, values)
+                self._check_target(entry, args, target, values)
             elif entry.name == "setitem":
                 self._put(target, args[1], args[2])
             return
@@ -297,11 +301,11 @@ class Recorder(TorchFunctionMode):
         found: Any = None
         try:
             if entry.name == "setitem":
-                found = self._layout_of_item(target, args[1], rowed)
+                found = self._layout_of_item(target, args[1], row_tensors)
             elif entry.name in ("index_add", "index_copy"):
                 raise Unknown
             else:
-                for x in rowed:
+                for x in row_tensors:
                     own = getattr(x, MARK)[1]
                     if isinstance(own, Mixed):
                         self.mark(target, own)
@@ -311,7 +315,7 @@ class Recorder(TorchFunctionMode):
             found = None
         if found is None:
             if target.ndim and target.shape[0] % self.rows == 0:
-                found = self._guess(entry, [target_like(target, rowed)], target)
+                found = self._guess(entry, [target_like(target, row_tensors)], target)
             else:
                 return
         self.mark(target, found)
@@ -324,7 +328,7 @@ class Recorder(TorchFunctionMode):
         layout, own = self.layout_of(target), getattr(value, MARK, (0, None))[1]
         if not isinstance(item, torch.Tensor) or item.ndim != 1 or self.rows == 1:
             return
-        if not isinstance(layout, (Layout, Picked)) or not isinstance(own, (Layout, Picked)):
+        if not isinstance(layout, (Layout, Indexed)) or not isinstance(own, (Layout, Indexed)):
             return
         if layout.dim or own.dim:
             return
@@ -333,11 +337,13 @@ class Recorder(TorchFunctionMode):
         after = before.clone()
         after[item] = put
         if not torch.equal(before, after):
-            self.mark(target, picked(after, self.rows))
+            self.mark(target, indexed(after, self.rows))
 
-    def _layout_of_item(self, target: torch.Tensor, item: Any, rowed: list[torch.Tensor]) -> Any:
+    def _layout_of_item(
+        self, target: torch.Tensor, item: Any, row_tensors: list[torch.Tensor]
+    ) -> Any:
         """The layout of ``target`` after ``target[item] = rows``, if the item leaves it whole."""
-        value = rowed[-1]
+        value = row_tensors[-1]
         if any(value is t for t in tensors_in([item])):
             raise Unknown
         layout = getattr(value, MARK)[1]
@@ -357,11 +363,10 @@ class Recorder(TorchFunctionMode):
         self,
         entry: Function,
         args: Any,
-        kwargs: Any,
         target: torch.Tensor,
         values: list[torch.Tensor],
     ) -> None:
-        """Rows that are added to places of other rows would meet."""
+        """Rows that are added to places of other rows would be mixed."""
         layout = self.layout_of(target)
         if entry.name in ("index_add", "index_copy") and len(args) >= 4:
             dim, places, source = args[1], args[2], args[3]
@@ -423,14 +428,14 @@ class Recorder(TorchFunctionMode):
         for tensor in outputs:
             layout = self.layout_of(tensor)
             if isinstance(layout, Mixed):
-                if tensor.grad_fn is not None and layout.function not in PICKING:
+                if tensor.grad_fn is not None and layout.function not in INDEXING:
                     self.mixed.append((tensor.grad_fn, layout.function))
             elif layout is not None:
                 self.uses.append(("output", layout_key(layout)))
 
     def refuse_changed(self) -> None:
-        """Raise if a tensor that comes from parameters was changed in place after rows had met it."""
-        for ref, version, name in self._met:
+        """Raise if a tensor that comes from parameters was changed in place after it was used with rows."""
+        for ref, version, name in self._used_shared:
             z = ref()
             if z is not None and z._version != version:
                 raise UnsupportedModelError(
@@ -438,22 +443,22 @@ class Recorder(TorchFunctionMode):
                     f"the batch, so that the parameters' part in it is lost. Wanted the function that "
                     f"makes a new tensor."
                 )
-        self._met.clear()
+        self._used_shared.clear()
 
-    # --- rows meet parameters -------------------------------------------------------------------
+    # --- uses of parameters ---------------------------------------------------------------------
 
     def tap(
         self,
         outputs: Any,
-        enter: Enter,
+        record: RecordUse,
         saved: tuple[torch.Tensor, ...] = (),
-        rowed: Iterable[torch.Tensor] = (),
+        row_tensors: Iterable[torch.Tensor] = (),
     ) -> Any:
-        """Tap tensors, computed from those with rows in ``rowed``; see `Tap`."""
+        """Tap tensors, computed from those with rows in ``row_tensors``; see `Tap`."""
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        tapped = Tap.apply(self.owner.anchor, self.owner, enter, len(outputs), *outputs, *saved)
+        tapped = Tap.apply(self.owner.anchor, self.owner, record, len(outputs), *outputs, *saved)
         node: Any = (tapped if isinstance(tapped, torch.Tensor) else tapped[0]).grad_fn
-        node.parents = tuple(x.grad_fn for x in rowed if x.grad_fn is not None)
+        node.parents = tuple(x.grad_fn for x in row_tensors if x.grad_fn is not None)
         node.rows = self.rows
         return tapped
 
@@ -472,59 +477,57 @@ class Recorder(TorchFunctionMode):
         self.uses.append((entry.name, "expanded", self.owner.name_of(z), layout_key(layout)))
         if rows == 1:
 
-            def enter_one(book: Book, grad: torch.Tensor) -> None:
-                book.add_dense(z, grad.unsqueeze(0), entry.name)
+            def record_one(store: FactorStore, grad: torch.Tensor) -> None:
+                store.add_dense(z, grad.unsqueeze(0))
 
-            return self.tap(z, enter_one)
+            return self.tap(z, record_one)
         size = x.shape[layout.dim]
         right = x.ndim - layout.dim  # the rows' dimension, from the right
         if z.ndim >= right and z.shape[-right] != 1:
-            return self.tap_own(entry, z, z.ndim - right, layout, size)
+            return self.tap_own(z, z.ndim - right, layout, size)
         shape = [1] * max(z.ndim, right)
         shape[len(shape) - z.ndim :] = z.shape
         shape[-right] = size
-        moved = layout if isinstance(layout, Picked) else layout._replace(dim=len(shape) - right)
-        if isinstance(layout, Picked) and moved.dim != len(shape) - right:
+        moved = layout if isinstance(layout, Indexed) else layout._replace(dim=len(shape) - right)
+        if isinstance(layout, Indexed) and moved.dim != len(shape) - right:
             raise Unknown
 
-        def enter(book: Book, grad: torch.Tensor) -> None:
-            book.add_dense(z, per_row(grad, moved, rows).reshape(rows, *z.shape), entry.name)
+        def record(store: FactorStore, grad: torch.Tensor) -> None:
+            store.add_dense(z, per_row(grad, moved, rows).reshape(rows, *z.shape))
 
-        return self.tap(z.expand(shape), enter)
+        return self.tap(z.expand(shape), record)
 
-    def tap_own(
-        self, entry: Function, z: torch.Tensor, dim: int, layout: AnyLayout, size: int
-    ) -> torch.Tensor:
+    def tap_own(self, z: torch.Tensor, dim: int, layout: AnyLayout, size: int) -> torch.Tensor:
         """Tap a shared tensor that has an entry for each of the rows: row i takes part i alone."""
         rows = self.rows
         if z.shape[dim] != size:
             raise Unknown
-        if isinstance(layout, Picked) and dim:
+        if isinstance(layout, Indexed) and dim:
             raise Unknown
-        own = layout if isinstance(layout, Picked) else layout._replace(dim=dim)
+        own = layout if isinstance(layout, Indexed) else layout._replace(dim=dim)
         same = z.stride(dim) == 0 or dim in (known(z, SAME) or ())
         one = z.narrow(dim, 0, 1) if same else z
         looked_up = known(z, LOOKED_UP)
         if looked_up is not None and dim >= looked_up[1].ndim:  # a feature for each row
             looked_up = None
 
-        def enter(book: Book, grad: torch.Tensor) -> None:
+        def record(store: FactorStore, grad: torch.Tensor) -> None:
             if looked_up is not None:
                 table, ids, padding = looked_up
                 ids = rows_first(ids, own, rows).reshape(rows, -1)
                 grads = rows_first(grad, own, rows).reshape(rows, ids.shape[1], -1)
-                book.add_embedding(table, ids, grads, padding, entry.name)
+                store.add_embedding(table, ids, grads, padding)
                 return
             if same:
                 grads = per_row(grad, own, rows)
-                book.add_dense(one, grads.sum(dim + 1, keepdim=True), entry.name)
+                store.add_dense(one, grads.sum(dim + 1, keepdim=True))
                 return
             ids = row_ids(own, size, rows, grad.device)
             mask = ids == torch.arange(rows, device=grad.device).unsqueeze(1)
             mask = mask.view(rows, *(1,) * dim, size, *(1,) * (z.ndim - dim - 1))
-            book.add_dense(z, grad.unsqueeze(0) * mask, entry.name)
+            store.add_dense(z, grad.unsqueeze(0) * mask)
 
-        return self.tap(z, enter)
+        return self.tap(z, record)
 
 
 def run_backward(
@@ -555,9 +558,9 @@ def run_backward(
         )
 
 
-def target_like(target: torch.Tensor, rowed: list[torch.Tensor]) -> torch.Tensor:
+def target_like(target: torch.Tensor, row_tensors: list[torch.Tensor]) -> torch.Tensor:
     """The tensor with rows whose layout an in-place target is guessed from."""
-    return next((x for x in rowed if x.shape == target.shape), rowed[0])
+    return next((x for x in row_tensors if x.shape == target.shape), row_tensors[0])
 
 
 def mixing_error(name: str) -> InputError:

@@ -1,4 +1,4 @@
-"""The way that knows every function: its own vector-Jacobian products, row by row."""
+"""Per-row gradients of any function: its own vector-Jacobian products, row by row."""
 
 from __future__ import annotations
 
@@ -7,55 +7,55 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.functions import tensors_in
-from dpzoo.clipping.layouts import AnyLayout, Layout, Mixed, Picked, layout_key, rows_first
-from dpzoo.clipping.recorder import Meeting, Recorder, mixing_error
+from dpzoo.clipping.layouts import AnyLayout, Indexed, Layout, Mixed, layout_key, rows_first
+from dpzoo.clipping.recorder import ParameterCall, Recorder, mixing_error
 from dpzoo.errors import UnsupportedModelError
 
 Spot = tuple[int, int | None]
 """Where a tensor is among a call's arguments: its place, and its place in a list there."""
 
 
-def row_by_row(recorder: Recorder, met: Meeting) -> Any:
+def row_by_row(recorder: Recorder, call: ParameterCall) -> Any:
     """Run a function, and tap its output: per-row gradients are its own vector-Jacobian products."""
-    function, call, args, kwargs, rowed, shared = met
+    function, func, args, kwargs, row_tensors, shared = call
     rows = recorder.rows
     flat = [*args, *kwargs.values()]
     spots = list(_spots(flat))
-    row_spots = [s for s in spots if any(_at(flat, s) is x for x in rowed)]
+    row_spots = [s for s in spots if any(_at(flat, s) is x for x in row_tensors)]
     shared_spots = [s for s in spots if any(_at(flat, s) is z for z in shared)]
     saved = tuple(_at(flat, s) for s in row_spots)
     zs = [_at(flat, s) for s in shared_spots]
     layouts = [recorder.layout_of(x) for x in saved]
     named = ", ".join(map(recorder.owner.name_of, zs))
-    _refuse_arguments(met, layouts, named)
-    out = call(*args, **kwargs)
+    _refuse_arguments(call, layouts, named)
+    out = func(*args, **kwargs)
     outs = (out,) if isinstance(out, torch.Tensor) else tuple(o for o in out if o is not None)
     if not all(isinstance(o, torch.Tensor) for o in outs):
         raise UnsupportedModelError(
             f"{function.name} of rows of the batch and {named} returns {type(out).__name__}, wanted "
             f"tensors."
         )
-    founds = _layouts_of_outputs(recorder, met, out, outs, named)
+    founds = _layouts_of_outputs(recorder, call, out, outs, named)
     recorder.uses.append(
         (function.name, "row by row", *map(recorder.owner.name_of, zs), *map(layout_key, founds))
     )
     smooth = [k for k, o in enumerate(outs) if o.requires_grad]
-    again = _Again(met, flat, row_spots, shared_spots, smooth, named)
+    replay = _Replay(call, flat, row_spots, shared_spots, smooth, named)
 
-    def enter(book: Book, *given: torch.Tensor) -> None:
+    def record(store: FactorStore, *given: torch.Tensor) -> None:
         grads = [rows_first(given[k], founds[k], rows) for k in smooth]
         kept = [
             rows_first(x, layout, rows)
             for x, layout in zip(given[len(outs) :], layouts, strict=True)
         ]
-        samples = again.gradients(grads, kept, [z.detach() for z in zs])
+        samples = replay.gradients(grads, kept, [z.detach() for z in zs])
         for z, sample in zip(zs, samples, strict=True):
-            book.add_dense(z, sample, function.name)
+            store.add_dense(z, sample)
 
     tapped = tuple(o.clone() if k in smooth else o for k, o in enumerate(outs))
-    tapped = recorder.tap(tapped, enter, saved, rowed)
+    tapped = recorder.tap(tapped, record, saved, row_tensors)
     tapped = tapped if isinstance(tapped, tuple) else (tapped,)
     for tensor, layout in zip(tapped, founds, strict=True):
         recorder.mark(tensor, layout)
@@ -65,9 +65,9 @@ def row_by_row(recorder: Recorder, met: Meeting) -> Any:
     return type(out)([None if o is None else next(rest) for o in out])
 
 
-def _refuse_arguments(met: Meeting, layouts: list[AnyLayout], named: str) -> None:
+def _refuse_arguments(call: ParameterCall, layouts: list[AnyLayout], named: str) -> None:
     """Raise for what this way cannot do."""
-    function, _, args, kwargs, _, _ = met
+    function, _, args, kwargs, _, _ = call
     if function.in_place:
         raise UnsupportedModelError(
             f"{function.name} in place, of rows of the batch and {named}, is not supported. Wanted the "
@@ -76,7 +76,7 @@ def _refuse_arguments(met: Meeting, layouts: list[AnyLayout], named: str) -> Non
     training = kwargs.get("training", args[5] if len(args) > 5 else False)
     if function.name in ("batch_norm", "native_batch_norm") and training:
         raise mixing_error("batch_norm in training mode")
-    if any(isinstance(layout, Picked) for layout in layouts):
+    if any(isinstance(layout, Indexed) for layout in layouts):
         raise UnsupportedModelError(
             f"{function.name} of rows that were picked by index and {named} is not supported: its "
             f"per-row gradients have no rule. Use linear layers there, or freeze the parameter."
@@ -84,10 +84,10 @@ def _refuse_arguments(met: Meeting, layouts: list[AnyLayout], named: str) -> Non
 
 
 def _layouts_of_outputs(
-    recorder: Recorder, met: Meeting, out: Any, outs: tuple[torch.Tensor, ...], named: str
+    recorder: Recorder, call: ParameterCall, out: Any, outs: tuple[torch.Tensor, ...], named: str
 ) -> list[Layout]:
-    function, call, args, kwargs, rowed, _ = met
-    found = recorder.layout_of_output(function, call, args, kwargs, rowed, out)
+    function, func, args, kwargs, row_tensors, _ = call
+    found = recorder.layout_of_output(function, func, args, kwargs, row_tensors, out)
     founds = found[: len(outs)] if isinstance(found, list) else [found] * len(outs)
     if any(isinstance(layout, Mixed) for layout in founds):
         raise mixing_error(function.name)
@@ -99,10 +99,10 @@ def _layouts_of_outputs(
     return founds
 
 
-class _Again(NamedTuple):
+class _Replay(NamedTuple):
     """A call that can be made once more, for one row, with other values for its tensors."""
 
-    met: Meeting
+    call: ParameterCall
     flat: list[Any]
     row_spots: list[Spot]
     shared_spots: list[Spot]
@@ -120,9 +120,9 @@ class _Again(NamedTuple):
                 values[place] = value
             else:
                 values[place][inside] = value
-        count = len(self.met.args)
-        result = self.met.call(
-            *values[:count], **dict(zip(self.met.kwargs, values[count:], strict=True))
+        count = len(self.call.args)
+        result = self.call.func(
+            *values[:count], **dict(zip(self.call.kwargs, values[count:], strict=True))
         )
         results = (
             [result] if isinstance(result, torch.Tensor) else [r for r in result if r is not None]
@@ -160,8 +160,8 @@ class _Again(NamedTuple):
                     each.append(torch.autograd.grad(made, leaves, given, allow_unused=True))
         except Exception as error:
             raise UnsupportedModelError(
-                f"{self.met.function.name} of {self.named} cannot be run for one row "
-                f"({str(error).splitlines()[0]}), so its per-row gradients cannot be had. Use other "
+                f"{self.call.function.name} of {self.named} cannot be run for one row "
+                f"({str(error).splitlines()[0]}), so its per-row gradients cannot be computed. Use other "
                 f"functions there, or freeze the parameter."
             ) from error
         return [
@@ -182,9 +182,9 @@ def _at(values: list[Any], spot: Spot) -> Any:
     return values[spot[0]] if spot[1] is None else values[spot[0]][spot[1]]
 
 
-def recurrent(recorder: Recorder, met: Meeting) -> Any:
-    """``lstm`` and its kin: the first states have rows in their second dimension."""
-    function, _, args, _, rowed, shared = met
+def recurrent(recorder: Recorder, call: ParameterCall) -> Any:
+    """``lstm`` and similar functions: the first states have rows in their second dimension."""
+    function, _, args, _, row_tensors, shared = call
     if isinstance(args[1], torch.Tensor) and isinstance(args[2], torch.Tensor):
         raise UnsupportedModelError(
             f"{function.name} of packed sequences is not supported: rows of different lengths are in one "
@@ -194,5 +194,5 @@ def recurrent(recorder: Recorder, met: Meeting) -> Any:
     if not any(s is z for s in states for z in shared):
         for state in states:
             recorder.mark(state, Layout(1))
-        rowed = [*rowed, *states]
-    return row_by_row(recorder, met._replace(rowed=rowed))
+        row_tensors = [*row_tensors, *states]
+    return row_by_row(recorder, call._replace(row_tensors=row_tensors))

@@ -20,7 +20,7 @@ Factors = dict[torch.Tensor | None, torch.Tensor]
 
 
 class ClippingRule:
-    """How rows are clipped, and what is released beside their sum.
+    """How rows are clipped, and what is released besides their sum.
 
     Guarantees:
         Of every rule: a row's factors depend on that row alone, and bring its share of the sum to a norm of

@@ -64,7 +64,7 @@ class Statistics:
         self._squares: dict[str, float] = {}
         self._clipped = 0
 
-    def see_rows(
+    def record_rows(
         self, squared: dict[torch.Tensor, torch.Tensor], norms: torch.Tensor, max_grad_norm: float
     ) -> None:
         """A part of a draw: parameter -> squared norms, and the norms over all, (rows,) each."""
@@ -76,7 +76,7 @@ class Statistics:
             total = float(values.detach()[finite.to(values.device)].double().sum())
             self._squares[name] = self._squares.get(name, 0.0) + total
 
-    def see_sums(self, sums: list[torch.Tensor], std: float) -> None:
+    def record_sums(self, sums: list[torch.Tensor], std: float) -> None:
         """The clipped sums of a step, one for each parameter, and the noise to come: the record is made."""
         norms = torch.cat([*self._norms, torch.empty(0)])
         finite = norms[norms.isfinite()]

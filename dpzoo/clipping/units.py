@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from dpzoo.data import rows_of
 from dpzoo.errors import InputError
 from dpzoo.factors import EACH, Group
+from dpzoo.poisson import rows_of
 
 Choose = Callable[[int, int, int], Sequence[int]]
 """(unit, rows that it has, rows wanted) -> as many places, each set of them equally probable."""

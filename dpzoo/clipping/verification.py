@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dpzoo.clipping.book import Book, shape_of
+from dpzoo.clipping.factor_store import FactorStore, shape_of
 from dpzoo.clipping.recorder import Recorder, run_backward
 from dpzoo.clipping.units import Units
 from dpzoo.errors import InputError
@@ -87,14 +87,14 @@ class Verification:
 
     def compare(
         self,
-        book: Book,
+        store: FactorStore,
         squared: dict[torch.Tensor, torch.Tensor],
         name_of: Callable[[torch.Tensor], str],
     ) -> bool:
         """Compare the recorded rows' weighted sums with autograd's.
 
         Args:
-            book: what was recorded.
+            store: what was recorded.
             squared: parameter -> squared norms of the units, (units,).
             name_of: a parameter's name.
 
@@ -121,7 +121,7 @@ class Verification:
                 continue
             with _plain(parameter):
                 weights = self.weights.to(torch.promote_types(dtype, torch.float32))
-                got = _recorded(book, parameter, weights)
+                got = _recorded(store, parameter, weights)
                 off = float((got - sketch).square().mean().sqrt())
             # Rows' gradients may cancel in the sum; its rounding goes by the norms of the rows.
             scale = max(norms[parameter], size)
@@ -174,12 +174,12 @@ def _sides(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return left, right
 
 
-def _recorded(book: Book, parameter: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _recorded(store: FactorStore, parameter: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The same products of a recorded weighted sum; of factors without forming it, (SKETCHES,)."""
     size = len(parameter) if parameter.ndim else 1
-    uses = book.weighted_uses(parameter, weights)
+    uses = store.weighted_uses(parameter, weights)
     if not uses or any(isinstance(u, DenseGrads) or shape_of(u)[0] != size for u, _ in uses):
-        return _sketch(book.close(parameter, weights, forget=False))
+        return _sketch(store.weighted_sum(parameter, weights, forget=False))
     left, right = _sides(parameter, size)
     total = torch.zeros(SKETCHES, dtype=torch.float64, device=parameter.device)
     for use, own in uses:

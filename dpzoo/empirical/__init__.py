@@ -1,4 +1,4 @@
-"""The empirical audit: what a whole training run gives away, measured on canaries.
+"""The empirical audit: what a whole training run reveals, measured on canaries.
 
 `dpzoo.audit` proves that a step is right; this bounds from below what all steps together released.
 """

@@ -4,6 +4,6 @@ Only classes defined in `dpzoo.layers` are registered: what Opacus does with any
 is the same before and after the import.
 """
 
-from dpzoo.grad_samplers import embeddings, lm_head, wide
+from dpzoo.grad_samplers import embeddings, lm_head, upcast
 
-__all__ = ["embeddings", "lm_head", "wide"]
+__all__ = ["embeddings", "lm_head", "upcast"]

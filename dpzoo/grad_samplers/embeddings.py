@@ -13,7 +13,7 @@ from torch import nn
 
 from dpzoo.factors import EmbeddingFactors, GradFactors, total_squared_norm, upcast
 from dpzoo.grad_samplers.lm_head import take_deferred
-from dpzoo.grad_samplers.wide import without_autocast
+from dpzoo.grad_samplers.upcast import without_autocast
 from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
 
 

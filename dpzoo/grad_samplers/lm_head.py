@@ -20,7 +20,7 @@ from torch import nn
 
 from dpzoo.errors import UnsupportedModelError
 from dpzoo.factors import LayerInput, LinearFactors, upcast
-from dpzoo.grad_samplers.wide import without_autocast
+from dpzoo.grad_samplers.upcast import without_autocast
 from dpzoo.layers.lm_head import LMHead
 from dpzoo.opacus_internals import counts_uses, uses_left
 

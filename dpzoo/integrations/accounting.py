@@ -101,7 +101,7 @@ class Account:
             )
 
     def resume(self, state: PrivacyState, checkpoint: str) -> None:
-        """Go on with the run of a checkpoint, and owe what was spent on it since.
+        """Continue the run of a checkpoint, and account for what was spent on it since.
 
         Raises:
             InputError: this account is another run's, and has been used; the run's ledger is gone or not

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from dpzoo.clipping.units import UnitRows, keyed_choice
-from dpzoo.data import rows_of
+from dpzoo.poisson import rows_of
 
 
 class PoissonBatches(Sampler[list[int]]):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-DROWNED = 1.0
+LEAST_SIGNAL = 1.0
 """Signal to noise of a whole run below which a model has little chance to learn.
 
 Runs that it was read off, all at epsilon 8: 3,000 sentences and 22.7 million parameters have 0.46 and learn
@@ -78,11 +78,12 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """What a person should know before starting."""
         found = []
-        if self.signal < DROWNED:
+        if self.signal < LEAST_SIGNAL:
             found.append(
-                f"the signal drowns: over the whole run the largest possible sum of gradients is "
-                f"{self.signal:.2g} times the noise, wanted {DROWNED:g} or more. Train fewer parameters "
-                f"(a head, biases, LoRA), raise the logical batch or the steps, or take a larger epsilon"
+                f"the noise hides the signal: over the whole run the largest possible sum of gradients is "
+                f"{self.signal:.2g} times the noise, wanted {LEAST_SIGNAL:g} or more. Train fewer "
+                f"parameters (a head, biases, LoRA), raise the logical batch or the steps, or take a "
+                f"larger epsilon"
             )
         if self.reach is not None and (
             self.reach < _SHORT_REACH or self.learning_rate == _DEFAULT_RATE
@@ -158,8 +159,8 @@ def cost_of(model: nn.Module, batch: dict[str, Any], rows: int) -> Cost:
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        twin = copy.deepcopy(model).train()
-        storages: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in twin.parameters()}
+        trial = copy.deepcopy(model).train()
+        storages: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in trial.parameters()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -167,7 +168,7 @@ def cost_of(model: nn.Module, batch: dict[str, Any], rows: int) -> Cost:
             return tensor
 
         def once() -> None:
-            loss = twin(**batch)
+            loss = trial(**batch)
             loss = getattr(loss, "loss", loss)
             loss.mean().backward()
 

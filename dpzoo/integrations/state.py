@@ -7,18 +7,17 @@ A checkpoint folder gets two files:
 - ``privacy_random_state.pt``: the keys of the noise, of the batches and of rows' randomness. It is SECRET:
   whoever has it can compute the noise of all steps. Only its owner can read it.
 
-Beside the checkpoints, ``privacy_ledger.jsonl`` (`dpzoo.ledger`) has the steps that the run has begun,
-entered before each step is taken, and a keyed digest of what each released.
+Next to the checkpoints, ``privacy_ledger.jsonl`` (`dpzoo.ledger`) lists each step before it is taken, with
+a keyed digest of what it released.
 
 What resuming costs. A run is killed after step m, and resumed from the checkpoint of step k < m. Steps
-k+1 to m are done again. Their noise is a keyed function of the step and of the sums that it is added to:
-a step that is done again with the same sums is the same step, bit for bit, and tells nothing new. A step
-done again with anything different (other rows, another dropout, changed data) has independent noise, and is
-paid for once more. Nothing has to be compared for that. Settings are compared all the same: a run whose
-settings change halfway is rarely meant.
+k+1 to m are repeated. Their noise is a keyed function of the step and of the sums that it is added to. A
+step that is repeated with the same sums is the same step, bit for bit, and reveals nothing new. A step with
+anything different (other rows, another dropout, changed data) has independent noise, and is paid for again.
+No comparison is needed for that. Settings are compared, because a change halfway is rarely intended.
 
 ``privacy.json`` is written last, and has a digest of itself and of every other file: a checkpoint without
-it, or with a file that is not as it was, is not whole.
+it, or with a changed file, is not complete.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class PrivateStep:
             self.optimizer.zero_grad()
 
     def nothing(self) -> None:
-        """In the place of parts: the sum of no rows, to which the step adds its noise."""
+        """The step of an empty draw: the sum of no rows, to which the step adds its noise."""
         for parameter in self.optimizer.params:
             if not MODES[self._mode].own:
                 none = parameter.new_zeros((0, *parameter.shape))

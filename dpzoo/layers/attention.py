@@ -85,9 +85,9 @@ def attend(
         )  # (B N, H, T, D)
         return context, None
     if upcast:
-        wide = torch.promote_types(query.dtype, torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
-            scores = torch.matmul(query.to(wide), key.to(wide).transpose(-1, -2)) * scaling
+            scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
     else:
         scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (B N, H, T, S)
     if mask is not None and mask.dtype == torch.bool:

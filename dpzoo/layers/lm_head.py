@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dpzoo.layers.precision import WideLinear
+from dpzoo.layers.precision import UpcastLinear
 
 
 class LMHead(nn.Linear):
@@ -28,7 +28,7 @@ def retype_lm_head(head: nn.Module, embedding: nn.Module) -> None:
         head: an `LMHead` or `torch.nn.Linear`; anything else is left alone.
         embedding: the token embedding that the head may share its weight with.
     """
-    if type(head) in (nn.Linear, LMHead, WideLinear):
+    if type(head) in (nn.Linear, LMHead, UpcastLinear):
         tied = head.weight is getattr(embedding, "weight", None)
         head.__class__ = LMHead if tied else nn.Linear
         # Past nn.Module.__setattr__, which would make the embedding a part of the head.

@@ -1,11 +1,10 @@
-"""Reduced precision: what per-sample norms and sums need, and what would spoil them.
+"""Reduced precision: per-sample norms in float32, and loss scales refused.
 
-Opacus computes in the dtype of a layer's output gradient. In bfloat16, its norm of a linear layer is a
-sum of products that have been rounded to eight bits: where the tokens of a row cancel each other it
-may come out as 0, and the row is then not clipped at all. Opacus finds a sampler by the exact class of
-a module, so a linear layer gets another class as soon as it runs in reduced precision under Opacus;
-`dpzoo.grad_samplers.wide` has the samplers of these classes, which compute in float32. Layers that
-an adapter library has put into the model are among them.
+Opacus computes in the dtype of a layer's output gradient. In bfloat16, its norm of a linear layer is a sum
+of products that were rounded to eight bits. Where the tokens of a row cancel each other it may be 0, and
+the row is then not clipped at all. Opacus finds a sampler by the exact class of a module. So a linear layer
+gets another class as soon as it runs in reduced precision under Opacus, also a layer of an adapter library.
+`dpzoo.grad_samplers.upcast` has the samplers of these classes, which compute in float32.
 """
 
 import math
@@ -20,25 +19,25 @@ from dpzoo.errors import InputError
 from dpzoo.opacus_internals import is_private
 
 
-class WideLinear(nn.Linear):
+class UpcastLinear(nn.Linear):
     """A `torch.nn.Linear` whose per-sample gradients and norms are float32 or wider."""
 
 
-class WideLayerNorm(nn.LayerNorm):
+class UpcastLayerNorm(nn.LayerNorm):
     """A `torch.nn.LayerNorm` whose per-sample gradients and norms are float32 or wider."""
 
 
-WIDE: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: WideLinear,
-    nn.LayerNorm: WideLayerNorm,
+UPCAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: UpcastLinear,
+    nn.LayerNorm: UpcastLayerNorm,
 }
-"""The classes whose samplers are Opacus' own, and what takes their place in reduced precision."""
+"""The classes whose samplers are Opacus' own -> the classes that replace them in reduced precision."""
 
 SMALLEST_SCALE = 32.0
 """A factor of the loss that no reduction and hardly a weight has, and that a GradScaler exceeds."""
 
 
-def is_narrow(dtype: torch.dtype) -> bool:
+def is_reduced_precision(dtype: torch.dtype) -> bool:
     """Whether a dtype is a floating one below float32."""
     return dtype.is_floating_point and dtype.itemsize < 4
 
@@ -48,13 +47,13 @@ def private_parameters(model: nn.Module) -> Iterator[torch.Tensor]:
     return filter(is_private, model.parameters())
 
 
-def keep_wide(model: nn.Module) -> None:
+def upcast_samplers(model: nn.Module) -> None:
     """Let norms be computed in float32 if the model runs in reduced precision under Opacus.
 
     To be called in a forward pass. Outside Opacus, or in full precision, it does nothing.
 
     Args:
-        model: its plain Linear and LayerNorm modules are given the classes in `WIDE`, in place.
+        model: its plain Linear and LayerNorm modules are given the classes in `UPCAST`, in place.
 
     Guarantees:
         In modes hooks and ghost, all per-sample gradients and norms of these layers are float32 or
@@ -64,9 +63,11 @@ def keep_wide(model: nn.Module) -> None:
     private = list(private_parameters(model))
     if not private:
         return
-    narrow = [parameter for parameter in private if is_narrow(parameter.dtype)]
+    narrow = [parameter for parameter in private if is_reduced_precision(parameter.dtype)]
     device = private[0].device.type
-    cast = torch.is_autocast_enabled(device) and is_narrow(torch.get_autocast_dtype(device))
+    cast = torch.is_autocast_enabled(device) and is_reduced_precision(
+        torch.get_autocast_dtype(device)
+    )
     if not (narrow or cast):
         return
     if narrow:
@@ -79,8 +80,8 @@ def keep_wide(model: nn.Module) -> None:
             stacklevel=2,
         )
     for module in model.modules():
-        if type(module) in WIDE:
-            module.__class__ = WIDE[type(module)]
+        if type(module) in UPCAST:
+            module.__class__ = UPCAST[type(module)]
 
 
 def refuse_loss_scale(losses: torch.Tensor | None, model: nn.Module) -> None:

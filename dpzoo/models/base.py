@@ -27,7 +27,7 @@ from dpzoo.files import whole_folder
 from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
-from dpzoo.layers.precision import keep_wide, refuse_loss_scale
+from dpzoo.layers.precision import refuse_loss_scale, upcast_samplers
 from dpzoo.losses import with_loss_per_sample
 from dpzoo.models.fields import (
     COMMON_FIELDS,
@@ -344,11 +344,11 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
         )
 
     def _finish(self, output: Any, losses: torch.Tensor | None) -> Any:
-        """Attach the rows' losses, (batch,) or None, to an output; under Opacus, see `_keep_wide`.
+        """Attach the rows' losses, (batch,) or None, to an output; under Opacus, see `_upcast_samplers`.
 
         A GradScaler is then refused in the backward pass, where the loss is one of these.
         """
-        self._keep_wide()
+        self._upcast_samplers()
         if self._learns():
             for values in (losses, getattr(output, "mc_loss_per_sample", None)):
                 refuse_loss_scale(values, self)
@@ -356,10 +356,10 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
                 refuse_unclipped(reduced, self)
         return with_loss_per_sample(output, losses)
 
-    def _keep_wide(self) -> None:
+    def _upcast_samplers(self) -> None:
         """Have per-sample norms computed in float32 under Opacus, whatever this pass runs in."""
         if self._learns():
-            keep_wide(self)
+            upcast_samplers(self)
 
     def _learns(self) -> bool:
         """Whether a backward pass may follow that Opacus' hooks see."""

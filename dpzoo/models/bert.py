@@ -5,8 +5,8 @@ over the first token, and a masked-LM head (dense, activation, LayerNorm, projec
 the token table's. As a decoder (``config.is_decoder``) attention is causal. The reference for every
 value is transformers 5, ``models/bert/modeling_bert.py``.
 
-From embeddings to the pooler, the file goes as the data goes; then come the heads. Letters in comments
-are shapes, see `dpzoo.layers.attention`.
+The file follows the data from the embeddings to the pooler; then come the heads. Letters in comments are
+shapes, see `dpzoo.layers.attention`.
 """
 
 from collections.abc import Iterator
@@ -70,15 +70,14 @@ TASKS = {
 class BertEmbeddings(HoldsTables, nn.Module):
     """Token, position and token type embeddings, added and normalised."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, width: int) -> None:
         super().__init__()
-        hidden = config.hidden_size
         self.word_embeddings = TokenEmbedding(
-            config.vocab_size, hidden, padding_idx=config.pad_token_id
+            config.vocab_size, width, padding_idx=config.pad_token_id
         )
-        self.position_embeddings = PositionEmbedding(config.max_position_embeddings, hidden)
-        self.token_type_embeddings = TokenEmbedding(config.type_vocab_size, hidden)
-        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.position_embeddings = PositionEmbedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = TokenEmbedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -87,7 +86,7 @@ class BertEmbeddings(HoldsTables, nn.Module):
         token_type_ids: torch.Tensor,
         position_ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Embedded tokens (batch, length, hidden) and ids (batch, length) -> (batch, length, hidden)."""
+        """Embedded tokens (batch, length, width) and ids (batch, length) -> (batch, length, width)."""
         embedded = embedded + self.token_type_embeddings(token_type_ids)  # (B, N T, C)
         embedded = embedded + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embedded))
@@ -265,7 +264,7 @@ class BertModel(BertPreTrainedModel):
     def __init__(self, config: Any, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
-        self.embeddings = self._embeddings_class(config)
+        self.embeddings = self._embeddings_class(config, config.hidden_size)
         self.encoder = BertEncoder(config, self._layer_class)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
@@ -383,7 +382,7 @@ class BertModel(BertPreTrainedModel):
             num_choices=num_choices,
             cache=cache,
         )
-        self._keep_wide()
+        self._upcast_samplers()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         layers = self.encoder(hidden, mask, cache=cache, num_choices=num_choices, eager=eager)
@@ -458,13 +457,18 @@ class _BertLM(BertPreTrainedModel):
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
 
+    @property
+    def _vocabulary_head(self) -> Any:
+        """What turns hidden states into scores of the vocabulary, a `TiedBias`."""
+        return self.cls.predictions
+
     def get_output_embeddings(self) -> nn.Module:
         """The vocabulary projection."""
-        return self.cls.predictions.decoder
+        return self._vocabulary_head.decoder
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the vocabulary projection, bias included."""
-        self.cls.predictions.set_decoder(new_embeddings)
+        self._vocabulary_head.set_decoder(new_embeddings)
 
 
 class BertForPreTraining(_BertLM):
@@ -548,7 +552,7 @@ class BertLMHeadModel(_BertLM, GenerationMixin):
         """Inputs as in `BertModel`; ``labels`` (batch, seq) are shifted inside."""
         return heads.causal_lm(
             self,
-            self.cls.predictions,
+            self._vocabulary_head,
             labels,
             logits_to_keep,
             input_ids=input_ids,
@@ -589,7 +593,7 @@ class BertForMaskedLM(_BertLM):
         """Inputs as in `BertModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
         return heads.masked_lm(
             self,
-            self.cls.predictions,
+            self._vocabulary_head,
             labels,
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -308,7 +308,7 @@ class DistilBertModel(DistilBertPreTrainedModel):
         mask = self._attention_mask(
             hidden, attention_mask, causal=False, eager=eager, num_choices=num_choices
         )
-        self._keep_wide()
+        self._upcast_samplers()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         for block in self.transformer.layer:

@@ -1,16 +1,15 @@
-"""The table of what transformers' models can be told and can answer, and what the zoo does with each.
+"""The config fields, arguments and outputs of transformers' models, and what the zoo does with each.
 
-A config field, a forward argument and an output field is handled, ignored by name because it changes
-nothing here, or refused by name. What a family handles stands in its own file (``_handled_fields``); the
-rest stands here. ``tests/models/test_fields.py`` holds the table against the installed transformers, field
-by field, so that a new one fails there by its name before a user meets it.
+Each is handled, ignored by name because it changes nothing here, or refused by name. What a family handles
+is in its own file (``_handled_fields``); the rest is here. ``tests/models/test_fields.py`` compares the
+table with the installed transformers, field by field, so that a test names a new field before a user needs
+it.
 
-A config also holds what no class declares: transformers keeps any key of a config.json. Most of it says
-nothing about the function (``task_specific_params``, ``n_ctx``, the user's own notes), and to refuse that
-would refuse most published checkpoints. Such a key can change what the stock model computes only if the
-stock code reads it, so that is what decides: a key that the table does not have is refused if the
-installed source of the stock model, or of the masks and caches that it uses, reads it from a config, and
-is kept as it is otherwise.
+A config also holds keys that no class declares: transformers keeps any key of a config.json. Most of them
+do not change the function (``task_specific_params``, ``n_ctx``, the user's own notes). Refusing them would
+refuse most published checkpoints. Such a key can change what the stock model computes only if the stock
+code reads it. So a key that is not in the table is refused if the installed source of the stock model, or
+of the masks and caches that it uses, reads it from a config. Otherwise it is kept.
 """
 
 import functools

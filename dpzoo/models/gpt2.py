@@ -313,7 +313,7 @@ class GPT2Model(GPT2PreTrainedModel):
             cache=cache,
             position_ids=position_ids.reshape(batch * num_choices, seq),
         )
-        self._keep_wide()
+        self._upcast_samplers()
         hidden = self._checkpointable(hidden)
         recorder.add(hidden)
         for block in self.h:

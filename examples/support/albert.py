@@ -1,13 +1,13 @@
 """ALBERT (Lan et al. 2019, arXiv 1909.11942), as a family of the zoo; see docs/adding-a-family.md.
 
 What makes it itself: one layer, used ``num_hidden_layers`` times (or ``num_hidden_groups`` layers, each
-for a stretch of the depth, each made of ``inner_group_num`` inner ones), tables of ``embedding_size``
-columns that a projection widens to ``hidden_size``, and a masked-LM head that comes back to the narrow
-width, where its weight is the token table's. Positions are learned, from 0; the pooler's parts lie on
-the model itself. The reference for every value is transformers 5, ``models/albert/modeling_albert.py``.
+for a part of the depth, each made of ``inner_group_num`` inner ones), tables of ``embedding_size``
+columns that a projection maps to ``hidden_size``, and a masked-LM head that maps back to that width,
+where its weight is the token table's. Positions are learned, from 0; the pooler's parts are attributes
+of the model itself. The reference for every value is transformers 5, ``models/albert/modeling_albert.py``.
 
-Gradient checkpointing is not offered, as in transformers. Opacus takes the uses of a parameter for one
-row's by counting forward passes, and under checkpointing each use is a forward pass of its own.
+Gradient checkpointing is not offered, as in transformers. Opacus counts forward passes to know when all
+uses of a parameter have come, and under checkpointing each use is a forward pass of its own.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,6 @@ from transformers import AlbertConfig
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
-    SequenceClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
@@ -31,12 +30,7 @@ from dpzoo.layers.attention import (
     refuse_uneven_heads,
     split_heads,
 )
-from dpzoo.layers.embeddings import (
-    HoldsTables,
-    PositionEmbedding,
-    TokenEmbedding,
-    rows_of_ids,
-)
+from dpzoo.layers.embeddings import rows_of_ids
 from dpzoo.layers.lm_head import LMHead, TiedBias
 from dpzoo.models import heads
 from dpzoo.models.base import (
@@ -47,29 +41,7 @@ from dpzoo.models.base import (
     refuse_arguments,
     refuse_too_long,
 )
-
-
-class AlbertEmbeddings(HoldsTables, nn.Module):
-    """Token, position and token type embeddings, added and normalised, still narrow."""
-
-    def __init__(self, config: AlbertConfig) -> None:
-        super().__init__()
-        width = config.embedding_size
-        self.word_embeddings = TokenEmbedding(
-            config.vocab_size, width, padding_idx=config.pad_token_id
-        )
-        self.position_embeddings = PositionEmbedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = TokenEmbedding(config.type_vocab_size, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self, embedded: torch.Tensor, token_type_ids: torch.Tensor, position_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Embedded tokens (batch, seq, embedding_size) and ids (batch, seq) -> the tokens' shape."""
-        embedded = embedded + self.token_type_embeddings(token_type_ids)
-        embedded = embedded + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embedded))
+from dpzoo.models.bert import BertEmbeddings, BertForSequenceClassification
 
 
 class AlbertAttention(nn.Module):
@@ -193,7 +165,7 @@ class AlbertModel(AlbertPreTrainedModel):
 
     def __init__(self, config: AlbertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.embeddings = AlbertEmbeddings(config)
+        self.embeddings = BertEmbeddings(config, config.embedding_size)
         self.encoder = AlbertTransformer(config)
         size = config.hidden_size
         self.pooler = nn.Linear(size, size) if add_pooling_layer else None
@@ -274,7 +246,7 @@ class AlbertModel(AlbertPreTrainedModel):
         recorder = self._recorder(output_hidden_states, output_attentions)
         eager = self._eager(recorder)
         mask = self._attention_mask(embedded, attention_mask, causal=False, eager=eager)
-        self._keep_wide()
+        self._upcast_samplers()
         for hidden, weights in self.encoder(embedded, mask, eager=eager):
             recorder.add(hidden, weights)
         pooled = None
@@ -361,29 +333,5 @@ class AlbertForSequenceClassification(AlbertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> SequenceClassifierOutput:
-        """Inputs as in `AlbertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.sequence_classification(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-
-    def _project(self, body: BaseModelOutputWithPooling) -> torch.Tensor:
-        return self.classifier(self.dropout(body.pooler_output))
+    forward = BertForSequenceClassification.forward
+    _project = BertForSequenceClassification._project

@@ -243,7 +243,12 @@ def tsv_data(
     )
 
 
-def _read_tsv(path: Path) -> list[tuple[str, str]]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file without their ends.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8 or is empty.
+    """
     try:
         # newline="\n": other characters that Python takes for line ends may stand inside a text.
         with path.open(encoding="utf-8-sig", newline="\n") as file:
@@ -251,11 +256,15 @@ def _read_tsv(path: Path) -> list[tuple[str, str]]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from error
-    if not lines:
-        raise DataError(f"{path}: the file is empty, wanted lines of text<TAB>label")
+        raise DataError(f"{path}: not UTF-8 ({error})") from error
+    if not any(line.strip() for line in lines):
+        raise DataError(f"{path}: the file is empty")
+    return lines
+
+
+def _read_tsv(path: Path) -> list[tuple[str, str]]:
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         fields = line.split("\t")
         if len(fields) != 2:
             raise DataError(

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from support.data import DataError
+from support.data import DataError, read_lines
 
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -56,25 +56,6 @@ def trimmed(batch: Batch) -> Batch:
         name: column[..., :width].contiguous() if column.shape == mask.shape else column
         for name, column in batch.items()
     }
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file without their ends.
-
-    Raises:
-        DataError: the file cannot be read, is not UTF-8 or is empty.
-    """
-    try:
-        # newline="\n": other characters that Python takes for line ends may stand inside a text.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            lines = [line.rstrip("\r\n") for line in file]
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from error
-    if not any(line.strip() for line in lines):
-        raise DataError(f"{path}: the file is empty")
-    return lines
 
 
 def read_sentences(path: Path) -> list[Sentence]:

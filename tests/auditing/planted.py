@@ -533,7 +533,7 @@ def _x() -> tuple[torch.Tensor, ...]:
 PLANTED = [
     Planted(
         "a wrong batch axis, as many rows as tokens",
-        "unit",
+        "privacy_unit",
         "privacy",
         "does not depend on the number of rows",
         lambda: (WrongAxis(), (floats(4, 4, HIDDEN),)),
@@ -541,7 +541,7 @@ PLANTED = [
     ),
     Planted(
         "choices flattened into the batch",
-        "unit",
+        "privacy_unit",
         "privacy",
         "a multiple of the number of rows",
         lambda: (Flattening(), (floats(ROWS, 3, HIDDEN),)),
@@ -682,7 +682,7 @@ PLANTED = [
     ),
     Planted(
         "a token-mean loss, seen from physical batches",
-        "split",
+        "microbatching",
         "privacy",
         "physical batches of 1 give another sum",
         lambda: (Tagger(), token_batch()),
@@ -801,7 +801,7 @@ PLANTED = [
     ),
     Planted(
         "a functional tie in ghost mode, seen from a step",
-        "parity",
+        "clipped_sum",
         "privacy",
         "not that of the rows' true gradients",
         lambda: (FunctionalTie(), token_batch()),
@@ -872,7 +872,7 @@ PLANTED = [
     ),
     Planted(
         "a branch that some batches skip",
-        "freshness",
+        "stale_state",
         "privacy",
         "as the batch before left them",
         lambda: (Branch(), (_first_positive(),)),
@@ -889,7 +889,7 @@ PLANTED = [
     ),
     Planted(
         "a row whose gradient is NaN",
-        "edges",
+        "edge_cases",
         "privacy",
         "not finite if its values are 0",
         lambda: (Normalised(), _x()),
@@ -897,7 +897,7 @@ PLANTED = [
     ),
     Planted(
         "an empty batch that raises",
-        "edges",
+        "edge_cases",
         "crash",
         "raises on an empty batch",
         lambda: (Reshaping(), (floats(ROWS, SEQ, HIDDEN),)),
@@ -905,7 +905,7 @@ PLANTED = [
     ),
     Planted(
         "a loss computed from a copy of the weights",
-        "effect",
+        "training_effect",
         "utility",
         "the loss did not follow",
         lambda: (Cached(), _x()),

@@ -8,7 +8,7 @@ import torch
 
 import dpzoo
 from dpzoo.auditing import audit, audit_loop
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.rules import Adaptive, Flat
@@ -27,7 +27,7 @@ def test_a_class_of_the_zoo_passes_every_check(name: str) -> None:
     model = dpzoo.convert(stock_model(name, dtype=torch.float32))
     report = audit(model, batch_for(name), modes=("bk",))
     assert report.ok, str(report)
-    assert [result.name for result in report if result.skipped] == ["unit"], str(report)
+    assert [result.name for result in report if result.skipped] == ["privacy_unit"], str(report)
     assert all("one parameter under 2 names" in f.message for f in report.findings)
     assert bool(report.findings) == (name in TIED)
 
@@ -68,7 +68,7 @@ def test_a_clean_model_passes_or_is_refused_by_name(name: str) -> None:
         assert not any(
             f.message.startswith("the model raises on an empty") for f in report.findings
         )
-        assert not any("bk" in r.skipped for r in report if r.name != "unit")
+        assert not any("bk" in r.skipped for r in report if r.name != "privacy_unit")
 
 
 # --- planted bugs ---------------------------------------------------------------------------------------
@@ -98,9 +98,9 @@ IN_BK: dict[str, tuple[str, str]] = {
     "a token-mean loss": ("isolation", "not the mean of the rows' losses"),
     "a loss over num_items": ("sensitivity", ROW),
     "Opacus' own EmbeddingBag": ("coverage", REFUSAL + "UnsupportedModelError: embedding_bag of"),
-    "a branch": ("split", "physical batches of 1 give another sum"),
+    "a branch": ("microbatching", "physical batches of 1 give another sum"),
     "a trainable layer that is detached": ("coverage", NOISE_ALONE),
-    "a loss computed from a copy": ("effect", "the loss did not follow"),
+    "a loss computed from a copy": ("training_effect", "the loss did not follow"),
 }  # fmt: skip
 """The beginning of a planted bug's name -> the check that names it in bk, and a part of the message."""
 
@@ -152,7 +152,9 @@ def test_a_planted_bug_is_named_or_none_in_bk(planted: Planted) -> None:
 
 
 def _no_cross_terms(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dpzoo.clipping.book.inner_product", lambda a, b: torch.zeros(len(a.grads)))
+    patch.setattr(
+        "dpzoo.clipping.factor_store.inner_product", lambda a, b: torch.zeros(len(a.grads))
+    )
 
 
 def _repeated_ids_apart(patch: pytest.MonkeyPatch) -> None:
@@ -180,22 +182,27 @@ def _factors_of_the_batch(patch: pytest.MonkeyPatch) -> None:
 
 
 def _last_backward_only(patch: pytest.MonkeyPatch) -> None:
-    close = Book.close
+    weighted_sum = FactorStore.weighted_sum
 
     def forgetful(
-        self: Book, parameter: Any, weights: Any, kept: Any = None, total: Any = None, **more: Any
+        self: FactorStore,
+        parameter: Any,
+        weights: Any,
+        kept: Any = None,
+        total: Any = None,
+        **more: Any,
     ) -> torch.Tensor:
-        return close(self, parameter, weights, kept, None, **more)
+        return weighted_sum(self, parameter, weights, kept, None, **more)
 
-    patch.setattr(Book, "close", forgetful)
+    patch.setattr(FactorStore, "weighted_sum", forgetful)
 
 
 def _nan_rows_kept(patch: pytest.MonkeyPatch) -> None:
-    close = Book.close
+    weighted_sum = FactorStore.weighted_sum
     patch.setattr(
-        Book,
-        "close",
-        lambda self, parameter, weights, kept=None, total=None, **more: close(
+        FactorStore,
+        "weighted_sum",
+        lambda self, parameter, weights, kept=None, total=None, **more: weighted_sum(
             self, parameter, weights, None, total, **more
         ),
     )
@@ -237,10 +244,10 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     (_no_cross_terms, "exactness", "bk mode's norms are"),
     (_repeated_ids_apart, "exactness", "bk mode's norms are"),
     (_shares_of_other_rows, "exactness", "the sum over rows is right and the rows are not"),
-    (_factors_of_the_batch, "parity", "not that of the rows' true gradients"),
-    (_last_backward_only, "split", "physical batches of 1 give another sum"),
-    (_nan_rows_kept, "edges", "is not left out of the sum"),
-    (_sums_not_cleared, "freshness", "a step depends on the batch before it"),
+    (_factors_of_the_batch, "clipped_sum", "not that of the rows' true gradients"),
+    (_last_backward_only, "microbatching", "physical batches of 1 give another sum"),
+    (_nan_rows_kept, "edge_cases", "is not left out of the sum"),
+    (_sums_not_cleared, "stale_state", "a step depends on the batch before it"),
     (_half_the_noise, "noise", "less than the standard deviation"),
     (_one_seed, "noise", "not independent"),
 ]
@@ -333,7 +340,7 @@ def test_a_sum_that_is_left_over_is_dropped() -> None:
     loop.backward(next(iter(loop.loader)))
     assert loop.optimizer.sums
     report = audit_loop(*loop.objects())
-    assert not report["freshness"].findings
+    assert not report["stale_state"].findings
     assert not loop.optimizer.sums
 
 
@@ -343,7 +350,7 @@ def test_unfreezing_after_wrapping_is_no_matter_in_bk() -> None:
     for p in loop.net.parameters():
         p.requires_grad_()
     report = audit_loop(*loop.objects())
-    assert not report["freshness"].findings
+    assert not report["stale_state"].findings
     (finding,) = report["loop lint"].findings
     assert "are not in the optimizer" in finding.message
 
@@ -366,16 +373,16 @@ def test_a_broken_unit_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Each row by itself has norm C at most, and the unit has more: only a unit less shows it."""
     if bug == "rows are clipped as units":
         monkeypatch.setattr(Units, "mean", lambda self, losses: losses)
-        norms = Book.squared_norms
+        norms = FactorStore.squared_norms
         monkeypatch.setattr(
-            Book,
+            FactorStore,
             "squared_norms",
             lambda self: {p: v / self.units.sizes.to(v) ** 2 for p, v in norms(self).items()},
         )
     else:
-        add = Book.add
+        add = FactorStore.add
 
-        def by_row(self: Book, parameter: Any, use: Any, region: Any = None) -> None:
+        def by_row(self: FactorStore, parameter: Any, use: Any, region: Any = None) -> None:
             add(self, parameter, use, region)
             if int(self.units.sizes.max()) > 1:
                 for group, uses in zip(
@@ -384,7 +391,7 @@ def test_a_broken_unit_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
                     rows = use.joined(EACH).squared_norm()[0]
                     uses.squared, uses.magnitude = group.summed(rows), None
 
-        monkeypatch.setattr(Book, "add", by_row)
+        monkeypatch.setattr(FactorStore, "add", by_row)
     model = torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 8))
     batch = (torch.randn(1, 4).expand(6, 4).contiguous(),)
     options: dict[str, Any] = {"modes": ("bk",), "checks": ("sensitivity",)}

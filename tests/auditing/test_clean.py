@@ -21,7 +21,7 @@ def test_a_clean_model_passes(name: str) -> None:
         if f.severity != "note"
     }
     modes = [mode for mode in NO_EMPTY_BATCH.get(name, ("", ""))[0].split(", ") if mode]
-    true = {("edges", mode, f"{mode} mode raises on an empty batch") for mode in modes}
+    true = {("edge_cases", mode, f"{mode} mode raises on an empty batch") for mode in modes}
     assert alarms == true, str(report)
     assert report.ok == (not true)
     for result in report:
@@ -40,7 +40,7 @@ RANDOM = {
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_model_that_draws_is_called_random(name: str) -> None:
     model, batch, options = CLEAN[name]()
-    report = audit(model, batch, **options, checks=["unit"])
+    report = audit(model, batch, **options, checks=["privacy_unit"])
     said = [remark for remark in report.remarks if "random" in remark]
     assert [remark.partition(",")[0] for remark in said] == [RANDOM.get(name)] * (name in RANDOM)
 

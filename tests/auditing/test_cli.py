@@ -44,7 +44,7 @@ def test_json_and_another_task(folder: str, capsys: pytest.CaptureFixture[str]) 
         "--task",
         "sequence-classification",
         "--checks",
-        "unit",
+        "privacy_unit",
         "--modes",
         "hooks",
     ]
@@ -89,7 +89,7 @@ def test_rows_of_a_file(folder: str, capsys: pytest.CaptureFixture[str]) -> None
         "--data",
         str(data),
         "--checks",
-        "exactness,unit",
+        "exactness,privacy_unit",
     ]
     assert main(["audit", folder, *options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -107,11 +107,14 @@ def test_any_architecture_is_audited_in_bk(
     data = json.loads(capsys.readouterr().out)
     assert (data["model"], data["modes"], data["ok"]) == ("LlamaForCausalLM", ["bk"], True)
     assert [check["name"] for check in data["checks"]] == list(QUICK)
-    assert any("a quick audit, without unit, sensitivity" in remark for remark in data["remarks"])
+    assert any(
+        "a quick audit, without privacy_unit, sensitivity" in remark for remark in data["remarks"]
+    )
     largest = {check["name"]: check["largest"] for check in data["checks"]}
     assert 0 <= largest["exactness"]["relative"] < 1e-9
     assert largest["neighbours"]["C"] == pytest.approx(1.0, abs=1e-3)
-    assert main(["audit", str(tmp_path), "--task", "base", "--checks", "coverage"]) == 0
+    with pytest.warns(FutureWarning, match="'unit' is now 'privacy_unit'"):
+        assert main(["audit", str(tmp_path), "--task", "base", "--checks", "coverage,unit"]) == 0
     assert "audit of LlamaModel: ok, 4 rows, modes bk" in capsys.readouterr().out
 
 

@@ -39,7 +39,7 @@ def test_a_right_loop_passes(mode: str, wrap: bool) -> None:
     assert not report.findings, str(report)
     assert [r.name for r in report] == [
         "loop lint",
-        "freshness",
+        "stale_state",
         "noise",
         "loop trials",
         "loop steps",

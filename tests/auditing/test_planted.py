@@ -5,9 +5,9 @@ import torch
 
 from dpzoo.auditing import audit
 from dpzoo.auditing.exactness import exactness
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import disagreements
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 from tests.auditing.planted import HIDDEN, PLANTED, Planted, WrongAxis, floats
 
 
@@ -31,15 +31,15 @@ def test_a_planted_bug_is_named_by_its_check(planted: Planted) -> None:
 def test_there_are_twenty_planted_bugs_and_every_model_check_has_one() -> None:
     assert len(PLANTED) >= 20
     assert {p.check for p in PLANTED} >= {
-        "coverage", "unit", "exactness", "isolation", "sensitivity", "parity", "split", "edges",
-        "freshness", "effect",
+        "coverage", "privacy_unit", "exactness", "isolation", "sensitivity", "clipped_sum",
+        "microbatching", "edge_cases", "stale_state", "training_effect",
     }  # fmt: skip
 
 
 def test_rows_tell_a_wrong_axis_where_sums_do_not() -> None:
     """With as many rows as tokens all shapes are right, and so is the sum over rows."""
     model, batch = WrongAxis(), (floats(4, 4, HIDDEN),)
-    subject = Subject(
+    subject = ModelUnderAudit(
         model, batch, loss=None, max_grad_norm=1.0, modes=("hooks",), rows_as_given=True
     )
     rows = subject.mode_run("hooks").rows
@@ -58,17 +58,19 @@ def test_rows_tell_a_wrong_axis_where_sums_do_not() -> None:
 
 
 def test_as_many_rows_as_tokens_are_cut_and_it_is_said() -> None:
-    report = audit(WrongAxis(), (floats(4, 4, HIDDEN),), checks=["unit"])
+    report = audit(WrongAxis(), (floats(4, 4, HIDDEN),), checks=["privacy_unit"])
     assert report.rows == 3
     assert "the batch has 4 rows; the checks run on 3" in report.remarks[0]
 
 
 def test_a_token_mean_hides_at_small_clipping_norms() -> None:
     """At C far below the norms every row is clipped to C whatever the others do."""
-    from dpzoo.auditing.numerics import clip_factors, clipped_sum, row_norms
+    from dpzoo.auditing.numerics import clip_and_sum, clip_factors, row_norms
     from tests.auditing.planted import Tagger, token_batch, token_mean
 
-    subject = Subject(Tagger(), token_batch(), loss=token_mean, max_grad_norm=1.0, modes=("hooks",))
+    subject = ModelUnderAudit(
+        Tagger(), token_batch(), loss=token_mean, max_grad_norm=1.0, modes=("hooks",)
+    )
     batch = subject.batch.take([0, 3, 3, 3]).ignoring([1, 2, 3], keep=1)
     distances = []
     for factor in (1e-3, 1.0):
@@ -77,7 +79,7 @@ def test_a_token_mean_hides_at_small_clipping_norms() -> None:
             rows = subject.opacus("hooks").run(some).rows
             norms = row_norms(rows)
             clip = factor * float(row_norms(subject.oracle).max())
-            sums.append(clipped_sum(rows, clip_factors(norms, clip)))
+            sums.append(clip_and_sum(rows, clip_factors(norms, clip)))
         difference = {n: (sums[0][n] - sums[1][n])[None] for n in sums[0]}
         distances.append(float(row_norms(difference)[0]) / clip)
     assert distances[0] == pytest.approx(1.0, rel=1e-3)

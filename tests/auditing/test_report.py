@@ -10,7 +10,9 @@ from torch import nn
 import dpzoo
 from dpzoo.auditing import CHECKS, AuditFailedError, AuditReport, CheckResult, Finding, audit
 from dpzoo.auditing.batches import Batch, prepared
+from dpzoo.auditing.check_names import FORMER_NAMES
 from dpzoo.auditing.report import SEVERITIES
+from dpzoo.auditing.run import chosen
 from dpzoo.errors import InputError
 from tests.auditing.planted import HIDDEN, Flattening, Positions, floats, ids
 
@@ -82,17 +84,17 @@ def test_raise_if_failed(positions: AuditReport) -> None:
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_there_is_one_verdict(severity: str) -> None:
     """What `ok` says, what raises and what is called failed; the command exits by the same."""
-    result = CheckResult("x", "", [Finding("x", severity, "wrong", "mend it")])  # type: ignore[arg-type]
+    result = CheckResult("x", "", [Finding("x", severity, "wrong", "fix it")])  # type: ignore[arg-type]
     report = AuditReport("M", results=[result])
     assert report.ok == (severity == "note") == (not report.failures)
     assert str(report).startswith(f"audit of M: {'ok' if report.ok else 'FAILED'}")
     if not report.ok:
-        with pytest.raises(AuditFailedError, match=f"- x, {severity}: wrong mend it"):
+        with pytest.raises(AuditFailedError, match=f"- x, {severity}: wrong fix it"):
             report.raise_if_failed()
 
 
 def test_an_audit_in_which_nothing_ran_proves_nothing() -> None:
-    report = audit(nn.Linear(7, 5), (floats(4, 7),), checks=["freshness"], modes=["hooks"])
+    report = audit(nn.Linear(7, 5), (floats(4, 7),), checks=["stale_state"], modes=["hooks"])
     assert not report.ok
     with pytest.raises(AuditFailedError, match="Linear proved nothing: no check could run"):
         report.raise_if_failed()
@@ -109,13 +111,32 @@ def test_checks_can_be_chosen_and_progress_is_told() -> None:
     report = audit(
         nn.Linear(7, 5),
         (floats(4, 7),),
-        checks=["noise", "unit"],
+        checks=["noise", "privacy_unit"],
         modes="hooks",
         progress=told.append,
     )
-    assert [result.name for result in report] == told == ["noise", "unit"]
-    with pytest.raises(KeyError, match="checks that ran: noise, unit"):
+    assert [result.name for result in report] == told == ["noise", "privacy_unit"]
+    with pytest.raises(KeyError, match="checks that ran: noise, privacy_unit"):
         report["coverage"]
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
+def test_former_names_of_checks_are_read_with_a_warning(former: str, name: str) -> None:
+    assert name in CHECKS
+    assert former not in CHECKS
+    message = f"check '{former}' is now '{name}'"
+    for checks in (former, [former, name]):
+        with pytest.warns(FutureWarning, match=message):
+            assert chosen(None, checks, quick=False)[1] == (name,)
+    result = CheckResult(name, "")
+    with pytest.warns(FutureWarning, match=message):
+        assert AuditReport("M", results=[result])[former] is result
+
+
+def test_an_audit_takes_a_former_name() -> None:
+    with pytest.warns(FutureWarning, match="check 'parity' is now 'clipped_sum'"):
+        report = audit(nn.Linear(7, 5), (floats(4, 7),), checks=["parity"], modes=["hooks"])
+    assert [result.name for result in report] == ["clipped_sum"]
 
 
 def test_what_cannot_be_audited_is_refused() -> None:
@@ -150,7 +171,7 @@ def test_what_cannot_be_audited_is_refused() -> None:
 
 
 def test_a_report_on_the_unit_counts() -> None:
-    report = audit(Flattening(), (floats(4, 3, HIDDEN),), checks=["unit"], modes=("hooks",))
+    report = audit(Flattening(), (floats(4, 3, HIDDEN),), checks=["privacy_unit"], modes=("hooks",))
     (finding,) = report.findings
     assert "12 = 3 * 4" in finding.message
     assert (finding.expected, finding.got) == ("first dimension 4", "12 in (12, 8)")

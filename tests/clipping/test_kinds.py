@@ -339,19 +339,19 @@ def clipped_sum(model: nn.Module, clipping: str, clip: Any) -> list[torch.Tensor
     [("flat", 0.5), ("automatic", 0.5), ("per_layer", [0.3, 0.1, 0.2, 0.1, 0.4, 0.2])],
 )
 def test_twenty_steps_of_every_clipping(clipping: str, clip: Any) -> None:
-    model, twin = model_of(), model_of()
+    model, reference = model_of(), model_of()
     _, _, optimizer, backward = private(model, clipping=clipping, max_grad_norm=clip)
-    plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.5)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.5)
     for _ in range(20):
         step(optimizer, backward)
         for parameter, total in zip(
-            twin.parameters(), clipped_sum(twin, clipping, clip), strict=True
+            reference.parameters(), clipped_sum(reference, clipping, clip), strict=True
         ):
             parameter.grad = total / ROWS
         plain.step()
     start = model_of()
     for got, wanted, before in zip(
-        model.parameters(), twin.parameters(), start.parameters(), strict=True
+        model.parameters(), reference.parameters(), start.parameters(), strict=True
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
         assert not torch.equal(wanted, before)

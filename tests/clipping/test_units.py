@@ -498,7 +498,7 @@ def test_rows_that_the_loop_moves_are_refused(how: str) -> None:
     x, y = several(run)
     first = owners(x).count(owners(x)[0])
     part = torch.arange(len(x)).roll(1) if how == "shuffled" else torch.arange(1, first + 1)
-    with pytest.raises(InputError, match="not in the order in which the loader has them"):
+    with pytest.raises(InputError, match="not in the order of the loader, which says"):
         run.backward(x[part], y[part])
     assert not run.optimizer.sums
     run.backward(x.clone(), y)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dpzoo
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.module import BookKeepingHooks
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 
@@ -568,13 +568,13 @@ def test_tables_of_every_kind(rows: int) -> None:
 
 def test_ids_that_the_model_makes_cost_what_the_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    enter = Book.add_embedding
+    enter = FactorStore.add_embedding
 
-    def watched(self: Book, z: Any, ids: torch.Tensor, *rest: Any) -> None:
+    def watched(self: FactorStore, z: Any, ids: torch.Tensor, *rest: Any) -> None:
         shapes.append(tuple(ids.shape))
         enter(self, z, ids, *rest)
 
-    monkeypatch.setattr(Book, "add_embedding", watched)
+    monkeypatch.setattr(FactorStore, "add_embedding", watched)
     torch.manual_seed(1)
     assert_exact(Tables().double(), {"x": torch.randint(0, 11, (4, 3))})
     assert set(shapes) == {(4, 3)}

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import dpzoo
-from dpzoo.data import LockstepSampler
 from dpzoo.integrations.batches import PoissonBatches
+from dpzoo.poisson import LockstepSampler
 from tests.distributed.steps import Case, Result
 from tests.distributed.torchrun import run_two_processes
 from tests.support import NAMES

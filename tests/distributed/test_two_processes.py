@@ -282,7 +282,9 @@ def test_a_sharded_model_saves_as_stock(case: Case, results: dict[str, list[Resu
     ranks = results[case.id]
     assert_step(case, ranks)
     stock, _ = stock_and_batch(case)
-    named = stock.named_parameters(remove_duplicate=False)  # dpzoo and stock list other twins first
+    named = stock.named_parameters(
+        remove_duplicate=False
+    )  # dpzoo and stock list other names of a tied weight first
     before = {name: parameter.detach().clone() for name, parameter in named}
     stock.load_state_dict(ranks[0].state)
     for name, value in gradient(case, ranks).items():

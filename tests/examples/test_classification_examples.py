@@ -177,17 +177,17 @@ def test_bring_your_own_stops_at_a_failed_audit(
     mixed: list[Any] = []
 
     def spoiled(model: Any) -> Any:
-        twin = convert(model)
-        forward = twin.roberta.forward
+        converted = convert(model)
+        forward = converted.roberta.forward
 
         def mixing(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(0)
             return out
 
-        twin.roberta.forward = mixing
-        mixed.append(twin)
-        return twin
+        converted.roberta.forward = mixing
+        mixed.append(converted)
+        return converted
 
     monkeypatch.setattr(bring_your_own.dpzoo, "convert", spoiled)
     folder, out = checkpoint("roberta", "sequence-classification"), tmp_path / "out"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from support import recipes, training
-from support.data import DataError
+from support.data import DataError, read_lines
 from support.recipes import RecipeError
-from support.rows import IGNORED, Batch, Rows, hold_out, micro_batches, padded, read_lines, trimmed
+from support.rows import IGNORED, Batch, Rows, hold_out, micro_batches, padded, trimmed
 from text_classification import Recipe
 from torch.utils.data import DataLoader
 

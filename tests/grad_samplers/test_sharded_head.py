@@ -39,8 +39,8 @@ def test_the_table_is_a_reference_and_no_part_of_the_head(name: str) -> None:
     assert head.table is table
     assert list(head.children()) == []
     assert table not in list(head.modules())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.get_output_embeddings().table is twin.get_input_embeddings()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.get_output_embeddings().table is copied.get_input_embeddings()
     resized = model.resize_token_embeddings(70, mean_resizing=False)
     assert model.get_output_embeddings().table is resized
     untied = dpzoo.convert(stock_model(name, tie_word_embeddings=False))
@@ -49,13 +49,13 @@ def test_the_table_is_a_reference_and_no_part_of_the_head(name: str) -> None:
 
 def test_the_head_follows_a_change_of_tables() -> None:
     model = dpzoo.convert(stock_model("GPT2LMHeadModel"))
-    tied, twin = model.get_input_embeddings(), copy.deepcopy(model.get_input_embeddings())
-    model.set_input_embeddings(twin)
+    tied, other = model.get_input_embeddings(), copy.deepcopy(model.get_input_embeddings())
+    model.set_input_embeddings(other)
     assert type(model.lm_head) is nn.Linear
-    twin.weight = tied.weight
-    model.set_input_embeddings(twin)
+    other.weight = tied.weight
+    model.set_input_embeddings(other)
     assert type(model.lm_head) is LMHead
-    assert model.lm_head.table is twin
+    assert model.lm_head.table is other
 
 
 def test_a_head_that_has_lost_its_table_is_refused() -> None:

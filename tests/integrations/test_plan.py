@@ -67,11 +67,13 @@ def test_a_drowned_signal_and_a_short_reach_are_warned_of(
     start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     drowned = trainer_of(start, tmp_path, {"noise_multiplier": 50.0})
-    assert "the signal drowns: over the whole run" in drowned.plan().warnings[0]
-    assert "warning   the signal drowns" in str(drowned.plan())
+    assert "the noise hides the signal: over the whole run" in drowned.plan().warnings[0]
+    assert "warning   the noise hides the signal" in str(drowned.plan())
     with caplog.at_level(logging.WARNING, logger="dpzoo"):
         drowned.train()
-    assert any("Before training: the signal drowns" in r.getMessage() for r in caplog.records)
+    assert any(
+        "Before training: the noise hides the signal" in r.getMessage() for r in caplog.records
+    )
     clear = {"noise_multiplier": 1e-3}
     assert trainer_of(start, tmp_path, clear).plan().warnings == ()  # SGD's reach is not known
     adam = {"optim": "adamw_torch", "lr_scheduler_type": "linear"}

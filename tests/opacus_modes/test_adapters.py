@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import dpzoo
-from dpzoo.clipping.book import Book
+from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.registry import class_by_name, stock_class
 from tests.modes import ALL_MODES, Step, assert_model_step_is_exact, engine_of
 from tests.support import (
@@ -80,7 +80,7 @@ def trainable(model: torch.nn.Module) -> list[str]:
     return [key for key, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def twins(name: str, **options: Any) -> tuple[Any, Any]:
+def stock_and_converted(name: str, **options: Any) -> tuple[Any, Any]:
     """The stock model and the dpzoo model, float64, with the same random adapter."""
     stock = stock_model(name)
     zoo = dpzoo.convert(copy.deepcopy(stock)).to("cpu")
@@ -94,7 +94,7 @@ def twins(name: str, **options: Any) -> tuple[Any, Any]:
     return adapted[0].eval(), adapted[1].eval()
 
 
-def assert_twins_are_exact(
+def assert_pair_is_exact(
     name: str, mode: str, stock: Any, zoo: Any, wrap_model: bool = True
 ) -> None:
     batch = batch_for(name)
@@ -112,13 +112,13 @@ def assert_twins_are_exact(
 )
 def test_default_targets_are_exact(name: str, mode: str) -> None:
     """A wrong norm or sum of A, B or a saved head would clip or train adapters wrongly."""
-    stock, zoo = twins(name)
+    stock, zoo = stock_and_converted(name)
     names = trainable(zoo)
     assert sum("lora_A" in key for key in names) == sum("lora_B" in key for key in names) > 0
     if PEFT_TASK.get(TASK[name]) not in (None, "CAUSAL_LM"):
         assert any("modules_to_save" in key for key in names)
     assert names == trainable(stock)
-    assert_twins_are_exact(name, mode, stock, zoo)
+    assert_pair_is_exact(name, mode, stock, zoo)
 
 
 @pytest.mark.parametrize("mode", ["functorch", "ew"])
@@ -133,14 +133,14 @@ def test_default_targets_are_exact(name: str, mode: str) -> None:
 )
 def test_functorch_and_expanded_weights_are_exact_too(name: str, mode: str) -> None:
     """The two slow modes would disagree with the fast ones if an adapter layer were misread."""
-    assert_twins_are_exact(name, mode, *twins(name))
+    assert_pair_is_exact(name, mode, *stock_and_converted(name))
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
 @pytest.mark.parametrize("name", SWAPPED)
 def test_unwrapped_models_are_exact(name: str, mode: str) -> None:
     """With wrap_model=False Opacus' hooks must find the layers inside PEFT's wrapper."""
-    assert_twins_are_exact(name, mode, *twins(name), wrap_model=False)
+    assert_pair_is_exact(name, mode, *stock_and_converted(name), wrap_model=False)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -171,7 +171,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForMaskedLM"])
 def test_other_targets_are_exact(name: str, mode: str, options: str) -> None:
     """PEFT copies or wraps parts that dpzoo gives a type to; a lost type or tie shows here."""
-    assert_twins_are_exact(name, mode, *twins(name, **OPTIONS[options]))
+    assert_pair_is_exact(name, mode, *stock_and_converted(name, **OPTIONS[options]))
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
@@ -184,7 +184,7 @@ def test_checkpointed_adapters_are_exact(name: str, mode: str) -> None:
     adapted = get_peft_model(stock, lora(name)), get_peft_model(zoo, lora(name))
     randomize_adapter(adapted[0])
     adapted[1].load_state_dict(adapted[0].state_dict())
-    assert_twins_are_exact(name, mode, adapted[0].eval(), adapted[1].eval())
+    assert_pair_is_exact(name, mode, adapted[0].eval(), adapted[1].eval())
 
 
 DORA = {
@@ -221,7 +221,7 @@ def test_what_opacus_cannot_follow_is_an_error(
 ) -> None:
     """DoRA calls a layer on an identity matrix, LoRA of a table none: neither may pass silently."""
     name = "GPT2LMHeadModel"
-    _, zoo = twins(name, **options)
+    _, zoo = stock_and_converted(name, **options)
     names = trainable(zoo)
     batch = batch_for(name)
     unused = {key: torch.zeros(ROWS, 1) + 1 for key in names}
@@ -238,7 +238,7 @@ def test_what_opacus_cannot_follow_is_an_error(
 def test_what_opacus_cannot_follow_is_exact_in_bk(options: dict[str, Any]) -> None:
     """It goes by the uses of a parameter, whatever layer holds it."""
     name = "GPT2LMHeadModel"
-    assert_twins_are_exact(name, "bk", *twins(name, **options))
+    assert_pair_is_exact(name, "bk", *stock_and_converted(name, **options))
 
 
 def test_peft_has_no_default_targets_for_distilbert() -> None:
@@ -272,13 +272,13 @@ def test_bk_enters_no_use_of_a_frozen_weight(name: str, monkeypatch: pytest.Monk
         if p.ndim == 2 and len(p) > 1:
             shapes[p.requires_grad] |= {tuple(p.shape), tuple(p.shape)[::-1]}
     entered: set[torch.Tensor] = set()
-    add = Book.add
+    add = FactorStore.add
 
-    def spied(self: Book, parameter: torch.Tensor, *args: Any) -> None:
+    def spied(self: FactorStore, parameter: torch.Tensor, *args: Any) -> None:
         entered.add(parameter)
         add(self, parameter, *args)
 
-    monkeypatch.setattr(Book, "add", spied)
+    monkeypatch.setattr(FactorStore, "add", spied)
     step = Step(name, zoo, "bk")
     with Products() as products:
         step.backward(batch_for(name))
@@ -303,7 +303,7 @@ def test_bk_enters_no_use_of_a_frozen_weight(name: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", SWAPPED)
 def test_merged_weights_export_to_stock(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """A merge into a layer that is stored transposed would be exported wrong without a complaint."""
-    _, zoo = twins(name, **options)
+    _, zoo = stock_and_converted(name, **options)
     inputs = without_labels(batch_for(name))
     merged = copy.deepcopy(zoo).merge_and_unload()
     assert type(merged) is class_by_name(name)
@@ -367,7 +367,7 @@ def test_state_dicts_of_adapted_models_are_interchangeable(
     name: str, options: dict[str, Any]
 ) -> None:
     """A training checkpoint of the adapted model must load in either direction, base included."""
-    stock, zoo = twins(name, **options)
+    stock, zoo = stock_and_converted(name, **options)
     first, second = snapshot(stock), snapshot(zoo)
     assert_bit_equal(second, first)
     with torch.no_grad():
@@ -408,7 +408,7 @@ def test_add_adapter_is_exact(name: str, mode: str) -> None:
     zoo.load_state_dict(stock.state_dict())
     assert type(zoo) is class_by_name(name)
     assert trainable(zoo) == trainable(stock)
-    assert_twins_are_exact(name, mode, stock.eval(), zoo.eval())
+    assert_pair_is_exact(name, mode, stock.eval(), zoo.eval())
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel"])

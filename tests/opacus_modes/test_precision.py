@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import dpzoo
 from dpzoo.layers import LMHead
-from dpzoo.layers.precision import WIDE, WideLayerNorm, WideLinear, keep_wide
+from dpzoo.layers.precision import UPCAST, UpcastLayerNorm, UpcastLinear, upcast_samplers
 from tests.modes import Step, engine_of, oracle_norms
 from tests.support import (
     NAMES,
@@ -149,7 +149,7 @@ def test_norms_are_float32(name: str, mode: str, kind: str) -> None:
     # Against the gradient that the passes computed, layer by layer.
     checked = 0
     for module, squared in recorder.squared_norms(len(got)).items():
-        if type(module) in (WideLinear, WideLayerNorm):
+        if type(module) in (UpcastLinear, UpcastLayerNorm):
             sample = dict(samples(module, mode))["weight"]
             norm = sample if mode == "ghost" else sample.flatten(1).norm(dim=1)
             scale = squared.sqrt().max()
@@ -236,7 +236,7 @@ def test_full_precision_and_models_outside_opacus_keep_their_classes() -> None:
     step = Step(name, dpzoo.convert(stock_model(name, torch.float32)), "hooks")
     step.backward(batch)
     for model in (alone, step.model):
-        assert not any(type(module) in WIDE.values() for module in model.modules())
+        assert not any(type(module) in UPCAST.values() for module in model.modules())
 
 
 def test_wide_layers_are_made_private_and_tied_like_plain_ones() -> None:
@@ -247,7 +247,7 @@ def test_wide_layers_are_made_private_and_tied_like_plain_ones() -> None:
     batch = batch_for(name, dtype=torch.float32)
     step = Step(name, model, "ghost")
     run(step, batch, "autocast")
-    assert type(model.get_output_embeddings()) is WideLinear
+    assert type(model.get_output_embeddings()) is UpcastLinear
     step.engine.to_standard_module()
     again = Step(name, model, "hooks")
     again.backward(batch)
@@ -359,7 +359,7 @@ def test_a_row_whose_tokens_cancel_in_ghost_mode(is_wide: bool) -> None:
     model, optimizer, criterion = private_layer(nn.Linear(tokens + 1, 1), "ghost", factors)
     with torch.autocast("cpu", dtype=BF16):
         if is_wide:
-            keep_wide(model)
+            upcast_samplers(model)
         criterion(model(inputs)).backward()
     optimizer.accumulate()
     contribution = float(torch.cat([p.summed_grad.flatten() for p in optimizer.params]).norm())
@@ -394,7 +394,7 @@ def test_one_row_of_259_moves_a_bfloat16_sum_by_twice_the_clipping_norm(
         layer = nn.Linear(1, 1, bias=False).to(BF16 if kind == "weights" else torch.float32)
         model, optimizer, criterion = private_layer(layer, mode, torch.ones(1), rows)
         with torch.autocast("cpu", dtype=BF16, enabled=kind == "autocast"):
-            keep_wide(model) if kind == "autocast" else None
+            upcast_samplers(model) if kind == "autocast" else None
             loss = criterion(model(torch.ones(rows, 1, dtype=layer.weight.dtype)))
         loss.backward()
         if mode != "bk":  # whose backward pass has done it

@@ -169,7 +169,7 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     told = recipe(folder, trainable="all", epochs=2)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Told, "on_step_end", killed, raising=False)
+        patch.setattr(module._ProgressLog, "on_step_end", killed, raising=False)
         with pytest.raises(KeyboardInterrupt):
             dpzoo.train(told)
     assert not (folder / "out").exists()

@@ -16,7 +16,7 @@ from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear
 from torch import nn
 
 from dpzoo.factors import upcast
-from dpzoo.layers.precision import WideLayerNorm, WideLinear
+from dpzoo.layers.precision import UpcastLayerNorm, UpcastLinear
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Samples = dict[torch.Tensor, torch.Tensor]
@@ -34,30 +34,30 @@ def without_autocast(sampler: Sampler[Layer]) -> Sampler[Layer]:
     return run
 
 
-@register_grad_sampler(WideLinear)
+@register_grad_sampler(UpcastLinear)
 @without_autocast
 def linear_grad_sample(
-    layer: WideLinear, activations: list[torch.Tensor], backprops: torch.Tensor
+    layer: UpcastLinear, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> Samples:
     """Opacus' per-sample gradients of a linear layer, (batch, out, in) and (batch, out)."""
     inputs = upcast(activations[0].to(backprops.dtype))
     return compute_linear_grad_sample(layer, [inputs], upcast(backprops))
 
 
-@register_norm_sampler(WideLinear)
+@register_norm_sampler(UpcastLinear)
 @without_autocast
 def linear_norm_sample(
-    layer: WideLinear, activations: list[torch.Tensor], backprops: torch.Tensor
+    layer: UpcastLinear, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> Samples:
     """Opacus' norms of the per-sample gradients of a linear layer, (batch,)."""
     inputs = upcast(activations[0].to(backprops.dtype))
     return compute_linear_norm_sample(layer, [inputs], upcast(backprops))
 
 
-@register_grad_sampler(WideLayerNorm)
+@register_grad_sampler(UpcastLayerNorm)
 @without_autocast
 def layer_norm_grad_sample(
-    layer: WideLayerNorm, activations: list[torch.Tensor], backprops: torch.Tensor
+    layer: UpcastLayerNorm, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> Samples:
     """Opacus' per-sample gradients of a LayerNorm, (batch, hidden)."""
     return compute_layer_norm_grad_sample(layer, [upcast(activations[0])], upcast(backprops))

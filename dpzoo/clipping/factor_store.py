@@ -1,4 +1,4 @@
-"""The book of one backward pass: every parameter's uses, and the norms of the rows so far."""
+"""What one backward pass records: each parameter's uses as factors, the units' norms, weighted sums."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpzoo.clipping import layouts
-from dpzoo.clipping.graph import walk
+from dpzoo.clipping.autograd_graph import walk
 from dpzoo.clipping.units import Units
 from dpzoo.factors import (
     DenseGrads,
@@ -50,7 +50,7 @@ class Uses:
         self.magnitude: torch.Tensor | None = None
 
     def add(self, use: GradFactors) -> None:
-        """Enter a use, and bring the squared norms up to date."""
+        """Add a use, and update the squared norms."""
         squared, magnitude = use.squared_norm()
         if self.squared is None:
             self.squared, self.magnitude = squared, magnitude
@@ -60,7 +60,7 @@ class Uses:
         before = self.magnitude if self.magnitude is not None else self.squared.clamp(min=0).sqrt()
         self.magnitude = whole + before
         for other in self.factors:
-            squared = squared + 2 * inner_product(*_alike(other, use))
+            squared = squared + 2 * inner_product(*_same_shape(other, use))
         self.squared = self.squared + squared
         last = self.factors[-1]
         if isinstance(use, DenseGrads) and isinstance(last, DenseGrads):
@@ -76,53 +76,42 @@ class Uses:
         self.squared[rows] = exact.clamp(min=0).to(self.squared.dtype)
 
 
-class Book:
-    """Collects uses as the backward pass reaches them; closes with a weighted sum.
+class FactorStore:
+    """The gradient factors of every use that the backward pass reaches, with norms and weighted sums.
 
     Args:
         rows: rows of the batch.
         parameters: those that are trained.
-        units: which rows are clipped as one; by default, each by itself.
+        units: which rows are clipped as one.
 
-    What is entered is of rows; norms, and the weights of a sum, are of units.
+    What is added is of rows; norms, and the weights of a sum, are of units.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        parameters: list[torch.Tensor] | None = None,
-        units: Units | None = None,
-    ) -> None:
+    def __init__(self, rows: int, parameters: list[torch.Tensor], units: Units) -> None:
         self.rows = rows
-        self.units = Units(range(rows)) if units is None else units
-        self._parameters = {id(p): p for p in parameters or []}
+        self.units = units
+        self._parameters = {id(p): p for p in parameters}
         self._uses: dict[torch.Tensor, dict[Region | None, list[Uses]]] = {}
         self._split: tuple[torch.Tensor, list[torch.Tensor]] | None = None
-        self._derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._computed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._input: tuple[Any, LayerInput] | None = None
 
-    @staticmethod
-    def upcast(x: torch.Tensor) -> torch.Tensor:
-        """The tensor in float32, or as it is if it is wider."""
-        return upcast(x)
+    # --- adding uses ----------------------------------------------------------------------------
 
-    # --- entering -------------------------------------------------------------------------------
-
-    def add_dense(self, z: torch.Tensor, grads: torch.Tensor, name: str) -> None:
-        """Enter per-row gradients of a shared tensor.
+    def add_dense(self, z: torch.Tensor, grads: torch.Tensor) -> None:
+        """Add per-row gradients of a shared tensor.
 
         Args:
             z: a parameter, or a tensor that comes from parameters alone.
             grads: (rows, *z.shape).
-            name: the function's.
         """
         grads = upcast(grads.detach())
-        parameter, region = self._place(z)
+        parameter, region = self._locate(z)
         if parameter is None:
-            self._derive(z, grads)
+            self._add_computed(z, grads)
             return
         if z is not parameter:
-            grads = grads.permute(0, *(d + 1 for d in _falling(z)))
+            grads = grads.permute(0, *(d + 1 for d in _dims_by_stride(z)))
         shape = parameter.shape if region is None else region.sizes
         self.add(parameter, DenseGrads(grads.reshape(self.rows, *shape)), region)
 
@@ -132,33 +121,31 @@ class Book:
         grads: torch.Tensor,
         x: torch.Tensor,
         layout: Any,
-        turned: bool,
-        name: str,
+        transposed: bool,
     ) -> None:
-        """Enter a linear layer's use of its weight.
+        """Add a linear layer's use of its weight.
 
         Args:
-            z: the weight, (out, in), or (in, out) if ``turned``; further dimensions belong to in.
+            z: the weight, (out, in), or (in, out) if ``transposed``; further dimensions belong to in.
             grads: of the output, (rows, positions, out).
             x: the input, in its own layout, features last.
             layout: of x.
-            turned: the weight is (in, out).
-            name: the function's.
+            transposed: the weight is (in, out).
         """
-        parameter, region = self._place(z)
-        order = list(range(z.ndim)) if parameter is None or parameter is z else _falling(z)
+        parameter, region = self._locate(z)
+        order = list(range(z.ndim)) if parameter is None or parameter is z else _dims_by_stride(z)
         if z.ndim == 2 and order == [1, 0]:
-            turned = not turned
+            transposed = not transposed
         elif order != list(range(z.ndim)):
             parameter = None
         grads = upcast(grads)
-        shared = self.input_of(x, layout)
+        shared = self._input_of(x, layout)
         if parameter is None:
             dense = torch.matmul(grads.transpose(1, 2), shared.positions)
-            dense = dense.transpose(1, 2) if turned else dense
-            self._derive(z, dense.reshape(self.rows, *z.shape))
+            dense = dense.transpose(1, 2) if transposed else dense
+            self._add_computed(z, dense.reshape(self.rows, *z.shape))
             return
-        if turned:
+        if transposed:
             use = LinearFactors(shared.positions, LayerInput(grads))
         else:
             use = LinearFactors(grads, shared)
@@ -170,88 +157,86 @@ class Book:
         ids: torch.Tensor,
         grads: torch.Tensor,
         padding: int | None,
-        name: str,
     ) -> None:
-        """Enter an embedding's use of its table.
+        """Add an embedding's use of its table.
 
         Args:
             z: the table, (size, ...).
             ids: (rows, positions).
             grads: of the looked-up vectors, (rows, positions, features).
             padding: the id whose vector gets no gradient, or None.
-            name: the function's.
         """
         grads = upcast(grads)
         if padding is not None:
             grads = grads.masked_fill((ids == padding % z.shape[0]).unsqueeze(-1), 0)
         use = EmbeddingFactors(ids, grads, z.shape[0])
-        parameter, region = self._place(z)
-        if parameter is None or (parameter is not z and _falling(z) != list(range(z.ndim))):
-            self.add_dense(z, use.dense().reshape(self.rows, *z.shape), name)
+        parameter, region = self._locate(z)
+        if parameter is None or (parameter is not z and _dims_by_stride(z) != list(range(z.ndim))):
+            self.add_dense(z, use.dense().reshape(self.rows, *z.shape))
             return
         self.add(parameter, use, region)
 
     def add(self, parameter: torch.Tensor, use: GradFactors, region: Region | None = None) -> None:
-        """Enter a use of a parameter, or of a region of it, and bring its norms up to date."""
+        """Add a use of a parameter, or of a region of it, and update its norms."""
         regions = self._uses.setdefault(parameter, {})
         if region not in regions:
             regions[region] = [Uses() for _ in self.units.groups]
         for group, uses in zip(self.units.groups, regions[region], strict=True):
             uses.add(use.joined(group))
 
-    def input_of(self, x: torch.Tensor, layout: Any = layouts.FIRST) -> LayerInput:
+    def _input_of(self, x: torch.Tensor, layout: Any) -> LayerInput:
         """A linear layer's input, shared with the layer before in the backward pass if it is its too."""
         if self._input is None or self._input[0] != layout or not self._input[1].is_of(x):
-            self._seal_input()
+            self._release_input()
             self._input = layout, LayerInput(x, layouts.rows_first(x, layout, self.rows))
         return self._input[1]
 
-    def _seal_input(self) -> None:
+    def _release_input(self) -> None:
         if self._input is not None:
-            self._input[1].seal()
+            self._input[1].release()
         self._input = None
 
     # --- tensors that come from parameters ------------------------------------------------------
 
-    def _place(self, z: torch.Tensor) -> tuple[torch.Tensor | None, Region | None]:
+    def _locate(self, z: torch.Tensor) -> tuple[torch.Tensor | None, Region | None]:
         """The parameter that z is or is a view of, and the region if it is a part of it; else two None."""
         if id(z) in self._parameters:
             return z, None
         base = z._base
         if base is None or id(base) not in self._parameters or base.dtype != z.dtype:
             return None, None
-        order = _falling(z)
+        order = _dims_by_stride(z)
         sizes = tuple(z.shape[d] for d in order)
         strides = tuple(z.stride(d) for d in order)
-        if not base.is_contiguous() or _meets_itself(sizes, strides):
+        if not base.is_contiguous() or _overlaps_itself(sizes, strides):
             return None, None
         offset = int(z.storage_offset() - base.storage_offset())
-        if z.numel() == base.numel():  # the whole of it, in another shape or turned
+        if z.numel() == base.numel():  # the whole of it, in another shape or transposed
             return base, None
         return base, Region(offset, sizes, strides)
 
-    def _derive(self, z: torch.Tensor, grads: torch.Tensor) -> None:
-        kept = self._derived.get(id(z))
-        self._derived[id(z)] = (z, grads if kept is None else kept[1] + grads)
+    def _add_computed(self, z: torch.Tensor, grads: torch.Tensor) -> None:
+        kept = self._computed.get(id(z))
+        self._computed[id(z)] = (z, grads if kept is None else kept[1] + grads)
 
-    def hand_on(self) -> None:
+    def resolve_computed(self) -> None:
         """Turn per-row gradients of computed tensors into such of their parameters."""
-        while self._derived:
-            _, (z, grads) = self._derived.popitem()
+        while self._computed:
+            _, (z, grads) = self._computed.popitem()
             looked_up = layouts.known(z, layouts.LOOKED_UP)
             if looked_up is not None and id(looked_up[0]) in self._parameters:
                 table, ids, padding = looked_up
                 ids = ids.reshape(1, -1).expand(self.rows, -1)
                 spread = grads.reshape(self.rows, ids.shape[1], -1)
-                self.add_embedding(table, ids, spread, padding, "embedding")
+                self.add_embedding(table, ids, spread, padding)
                 continue
             leaves = self._leaves(z)
             if not leaves:
                 continue
             with torch.enable_grad():
-                for leaf, grad in zip(leaves, _pulled_back(z, leaves, grads), strict=True):
+                for leaf, grad in zip(leaves, _per_row_vjp(z, leaves, grads), strict=True):
                     if grad is not None:
-                        self.add_dense(leaf, grad, "hand_on")
+                        self.add_dense(leaf, grad)
 
     def _leaves(self, z: torch.Tensor) -> list[torch.Tensor]:
         ids = (id(getattr(node, "variable", None)) for node in walk(z.grad_fn))
@@ -263,15 +248,15 @@ class Book:
         """Parameter -> squared norms of its units' gradients, (units,), as far as any were reached.
 
         Guarantees:
-            Upper bounds that hold under rounding, of what `close` adds up.
+            Upper bounds that hold under rounding, of what `weighted_sum` adds up.
         """
-        self._seal_input()
-        self.hand_on()
+        self._release_input()
+        self.resolve_computed()
         for parameter, regions in self._uses.items():
             if len(regions) > 1 and _overlap(parameter, list(regions)):
                 columns = zip(*regions.values(), strict=True)
                 self._uses[parameter] = {
-                    None: [_whole(parameter, dict(zip(regions, c, strict=True))) for c in columns]
+                    None: [_merged(parameter, dict(zip(regions, c, strict=True))) for c in columns]
                 }
         by_kind: dict[Any, list[Uses]] = {}
         for regions in self._uses.values():
@@ -299,7 +284,7 @@ class Book:
         groups = zip(regions[None], self.units.split(weights), strict=True)
         return [(use, own) for uses, own in groups for use in uses.factors]
 
-    def close(
+    def weighted_sum(
         self,
         parameter: torch.Tensor,
         weights: torch.Tensor,
@@ -380,7 +365,7 @@ def shape_of(use: GradFactors) -> tuple[int, ...]:
     return tuple(use.grads.shape[1:])
 
 
-def _alike(a: GradFactors, b: GradFactors) -> tuple[GradFactors, GradFactors]:
+def _same_shape(a: GradFactors, b: GradFactors) -> tuple[GradFactors, GradFactors]:
     """Two uses in one shape, so that they have an inner product."""
     if shape_of(a) == shape_of(b):
         return a, b
@@ -392,7 +377,7 @@ def _alike(a: GradFactors, b: GradFactors) -> tuple[GradFactors, GradFactors]:
     return a, DenseGrads(b.grads.reshape(-1, *shape_of(a)))
 
 
-def _whole(parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
+def _merged(parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
     """Uses of regions that overlap, as gradients of the whole parameter."""
     first = next(iter(regions.values())).factors[0].grads
     total = first.new_zeros(len(first), *parameter.shape)
@@ -406,14 +391,14 @@ def _whole(parameter: torch.Tensor, regions: dict[Region | None, Uses]) -> Uses:
     return whole
 
 
-def _falling(z: torch.Tensor) -> list[int]:
+def _dims_by_stride(z: torch.Tensor) -> list[int]:
     """Dimensions of a tensor in the order of falling strides; those of one entry keep their place."""
     strides: tuple[int, ...] = z.stride()
     order = sorted((d for d in range(z.ndim) if z.shape[d] > 1), key=lambda d: -strides[d])
     return [order.pop(0) if z.shape[d] > 1 else d for d in range(z.ndim)]
 
 
-def _meets_itself(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _overlaps_itself(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether a view may have one entry of the memory at two places: an expanded one, windows."""
     reach = 0
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
@@ -445,7 +430,7 @@ def _overlap(parameter: torch.Tensor, regions: list[Region | None]) -> bool:
     return _OVERLAPS[key]
 
 
-def _pulled_back(
+def _per_row_vjp(
     z: torch.Tensor, leaves: list[torch.Tensor], grads: torch.Tensor
 ) -> list[torch.Tensor | None]:
     """Per-row gradients of the leaves from such of z: one batched vector-Jacobian product."""

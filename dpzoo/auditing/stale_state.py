@@ -1,18 +1,17 @@
-"""Freshness: is everything that enters a step of this step?"""
+"""Stale state: does a step use anything of an earlier one?"""
 
 import torch
 
 from dpzoo import opacus_internals as internals
 from dpzoo.auditing.batches import Batch
-from dpzoo.auditing.book_keeping import BookMode
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 
 POISON = 1e6
 
 
-def freshness(subject: Subject, record: Record) -> None:
+def stale_state(subject: ModelUnderAudit, record: Record) -> None:
     """Nothing that an earlier batch left behind enters a step.
 
     In ghost mode, stale norms are poisoned before a batch; those that are still there afterwards were
@@ -24,15 +23,13 @@ def freshness(subject: Subject, record: Record) -> None:
     """
     if not {"ghost", "bk"} & set(subject.modes):
         record.skip("only ghost mode keeps norms from one batch to the next")
-    for mode, check in (("ghost", _ghost), ("bk", _book)):
-        if mode in subject.modes:
-            with subject.usable(mode, record.skipped) as usable:
-                if usable:
-                    record.ran()
-                    check(subject, record)
+    for mode, check in (("ghost", _ghost), ("bk", _book_keeping)):
+        if mode in subject.modes and subject.usable(mode, record.skipped):
+            record.ran()
+            check(subject, record)
 
 
-def _batches(subject: Subject) -> list[tuple[str, Batch]]:
+def _batches(subject: ModelUnderAudit) -> list[tuple[str, Batch]]:
     batches = [("the whole batch", subject.batch)]
     batches += [
         (f"row {i} alone", subject.batch.take([i]))
@@ -44,19 +41,18 @@ def _batches(subject: Subject) -> list[tuple[str, Batch]]:
     return batches
 
 
-def _book(subject: Subject, record: Record) -> None:
+def _book_keeping(subject: ModelUnderAudit, record: Record) -> None:
     """A batch's step in bk is the same whatever came before."""
     if not subject.per_row_loss:
         record.skip(PER_ROW_LOSS_ONLY["bk"])
         return
-    book, clip = subject.opacus("bk"), subject.max_grad_norm
-    assert isinstance(book, BookMode)
+    bk, clip = subject.opacus("bk"), subject.max_grad_norm
     for title, batch in _batches(subject):
         try:
-            book.discard()
-            wanted = book.clipped_sum([batch], clip)
-            got = book.step_after(subject.batch, batch, clip)
-        except Exception:  # edges and coverage name what raises
+            bk.discard()
+            wanted = bk.clipped_sum([batch], clip)
+            got = bk.clipped_sum([subject.batch, batch], clip, one_draw=False)
+        except Exception:  # edge_cases and coverage name what raises
             continue
         stale = record.differ(got, wanted, subject.tolerance)
         if stale:
@@ -74,7 +70,7 @@ def _book(subject: Subject, record: Record) -> None:
             return
 
 
-def _ghost(subject: Subject, record: Record) -> None:
+def _ghost(subject: ModelUnderAudit, record: Record) -> None:
     """A batch renews every parameter's norms."""
     stale: dict[str, str] = {}
     for title, batch in _batches(subject):
@@ -96,7 +92,7 @@ def _ghost(subject: Subject, record: Record) -> None:
         )
 
 
-def _left_over(subject: Subject, batch: Batch) -> list[str]:
+def _left_over(subject: ModelUnderAudit, batch: Batch) -> list[str]:
     """Parameters whose norm a batch does not renew."""
     opacus = subject.opacus("ghost")
     try:
@@ -112,5 +108,5 @@ def _left_over(subject: Subject, batch: Batch) -> list[str]:
         opacus.clear()
         return left
     except Exception:
-        opacus.discard()  # edges and coverage name what raises
+        opacus.discard()  # edge_cases and coverage name what raises
         return []

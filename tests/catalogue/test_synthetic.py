@@ -1,4 +1,4 @@
-"""Every synthetic twin of a quirk: the values in its file arrive under every name, and nothing else."""
+"""Every synthetic checkpoint: the values in its file arrive under every name, and nothing else."""
 
 import json
 from pathlib import Path
@@ -7,34 +7,36 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.twins import TWINS, Twin
+from conversion.synthetic import SYNTHETIC_CHECKPOINTS, SyntheticCheckpoint
 from dpzoo.catalogue import quirks
 from dpzoo.parity import Parity, convert_checkpoint
 
 VALUES = "parameters, expected and written"
 
 
-def run(twin: Twin, folder: Path, alter: str = "") -> Parity:
+def run(checkpoint: SyntheticCheckpoint, folder: Path, alter: str = "") -> Parity:
     (folder / "source").mkdir()
     (folder / "target").mkdir()
-    expected = twin.build(folder / "source", alter)
+    expected = checkpoint.build(folder / "source", alter)
     return convert_checkpoint(
-        folder / "source", folder / "target", expected=expected, **twin.arguments
+        folder / "source", folder / "target", expected=expected, **checkpoint.arguments
     )
 
 
 def keys(folder: Path) -> set[str]:
-    """Names of the tensors in the twin's file."""
+    """Names of the tensors in the checkpoint's file."""
     if (folder / "pytorch_model.bin").exists():
         return set(torch.load(folder / "pytorch_model.bin", weights_only=True))
     return set(load_file(folder / "model.safetensors"))
 
 
-@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
-def test_values_arrive(twin: Twin, tmp_path: Path) -> None:
-    parity = run(twin, tmp_path)
+@pytest.mark.parametrize(
+    "checkpoint", SYNTHETIC_CHECKPOINTS, ids=lambda checkpoint: checkpoint.name
+)
+def test_values_arrive(checkpoint: SyntheticCheckpoint, tmp_path: Path) -> None:
+    parity = run(checkpoint, tmp_path)
     assert parity.ok, parity
-    assert parity.model == (twin.loaded or twin.written)
+    assert parity.model == (checkpoint.loaded or checkpoint.written)
     assert VALUES in [check.name for check in parity.checks]
 
 
@@ -50,35 +52,46 @@ USED = {
 """Part of a key of the file that the quirk touches, where there is one in every family."""
 
 
-FIRST = [next(twin for twin in TWINS if twin.quirk == quirk) for quirk in quirks()]
+FIRST = [
+    next(checkpoint for checkpoint in SYNTHETIC_CHECKPOINTS if checkpoint.quirk == quirk)
+    for quirk in quirks()
+]
 
 
-@pytest.mark.parametrize("twin", FIRST, ids=lambda twin: twin.name)
-def test_a_value_that_is_read_wrongly_is_found(twin: Twin, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", FIRST, ids=lambda checkpoint: checkpoint.name)
+def test_a_value_that_is_read_wrongly_is_found(
+    checkpoint: SyntheticCheckpoint, tmp_path: Path
+) -> None:
     """The comparison knows the truth: it does not only compare two loads of one file."""
     (tmp_path / "look").mkdir()
-    twin.build(tmp_path / "look")
+    checkpoint.build(tmp_path / "look")
     file = keys(tmp_path / "look")
-    part = USED.get(twin.quirk, "")
+    part = USED.get(checkpoint.quirk, "")
     if not any(part in key for key in file) or not part:
-        part = "LayerNorm.weight" if twin.family != "gpt2" else "ln_1.weight"
+        part = "LayerNorm.weight" if checkpoint.family != "gpt2" else "ln_1.weight"
         part = part if any(part in key for key in file) else "layer_norm.weight"
-    parity = run(twin, tmp_path, alter=part)
+    parity = run(checkpoint, tmp_path, alter=part)
     assert [check.name for check in parity.checks if not check.ok] == [VALUES]
 
 
 @pytest.mark.parametrize(
-    "twin", [twin for twin in TWINS if twin.surplus], ids=lambda twin: twin.name
+    "checkpoint",
+    [checkpoint for checkpoint in SYNTHETIC_CHECKPOINTS if checkpoint.surplus],
+    ids=lambda checkpoint: checkpoint.name,
 )
-def test_what_is_surplus_has_no_influence(twin: Twin, tmp_path: Path) -> None:
-    parity = run(twin, tmp_path, alter=twin.surplus)
+def test_what_is_surplus_has_no_influence(checkpoint: SyntheticCheckpoint, tmp_path: Path) -> None:
+    parity = run(checkpoint, tmp_path, alter=checkpoint.surplus)
     assert parity.ok, parity
     written = load_file(tmp_path / "target" / "model.safetensors")
-    assert not any(twin.surplus in key for key in written)
+    assert not any(checkpoint.surplus in key for key in written)
 
 
-def find(quirk: str, written: str) -> Twin:
-    return next(twin for twin in TWINS if (twin.quirk, twin.written) == (quirk, written))
+def find(quirk: str, written: str) -> SyntheticCheckpoint:
+    return next(
+        checkpoint
+        for checkpoint in SYNTHETIC_CHECKPOINTS
+        if (checkpoint.quirk, checkpoint.written) == (quirk, written)
+    )
 
 
 @pytest.mark.parametrize(

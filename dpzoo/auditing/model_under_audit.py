@@ -1,12 +1,10 @@
-"""What is audited: a copy of the model, and what is true of it, each row run alone.
+"""The model under audit: a copy of it, and the reference gradients, each row run alone.
 
-Everything happens on deep copies in float64, in train mode with dropout off. The truth that modes
-are compared with comes from plain autograd, and is computed once.
+Everything happens on deep copies in float64, in train mode with dropout off. The reference gradients come
+from plain autograd, and are computed once.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +16,7 @@ from dpzoo.auditing.book_keeping import mode_around
 from dpzoo.auditing.capture import Trace, trace
 from dpzoo.auditing.numerics import TOLERANCE, Gradients, disagreements, row_norms
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, ModeRun, OpacusMode, first_line
-from dpzoo.auditing.randomness import Draws, numbers
+from dpzoo.auditing.randomness import RandomDraws, numbers
 from dpzoo.auditing.row_losses import Loss, RowLoss
 from dpzoo.clipping.units import checked_ids
 from dpzoo.errors import InputError
@@ -32,7 +30,7 @@ class CannotRunError(Exception):
     """Something that a check needs raised; the message is its first line."""
 
 
-class Subject:
+class ModelUnderAudit:
     """A model and a batch under audit.
 
     Args:
@@ -145,13 +143,13 @@ class Subject:
     def _hold_draws(self) -> str:
         """Hold the draws of a model that is random in training, and see whether that makes runs equal."""
         before = numbers()
-        with Draws(fixed=False) as draws:
+        with RandomDraws(fixed=False) as draws:
             self.loss(self.model, self.batch)
         drew = [*draws.seen] + ["Python's or numpy's random numbers"] * (numbers() != before)
         if not drew:
             return ""
         self.remarks.append(
-            f"random in training ({', '.join(drew)}), and constants are in the place of what is drawn"
+            f"random in training ({', '.join(drew)}), with constants instead of the draws"
         )
         self.loss.fixed = True
         one, two = (self.total_gradient(self.batch) for _ in range(2))
@@ -333,10 +331,9 @@ class Subject:
         except CannotRunError:
             return set()
 
-    @contextmanager
-    def usable(self, mode: str, skipped: list[str]) -> Iterator[bool]:
+    def usable(self, mode: str, skipped: list[str]) -> bool:
         """Whether a mode can be used; where it cannot, the reason is added to ``skipped``."""
         reason = self.broken(mode)
         if reason:
             skipped.append(f"{reason} (see coverage)")
-        yield not reason
+        return not reason

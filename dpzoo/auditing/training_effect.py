@@ -1,21 +1,22 @@
-"""Effect: does a step train the model that is used afterwards?"""
+"""Training effect: does a step train the model that is used afterwards?"""
 
 import copy
 
 import torch
 
 from dpzoo.auditing.book_keeping import mode_around
+from dpzoo.auditing.exactness import step_modes
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import largest
-from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
+from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import UnsupportedModelError
 
 LEARNING_RATE = 0.1
 
 
-def effect(subject: Subject, record: Record) -> None:
+def training_effect(subject: ModelUnderAudit, record: Record) -> None:
     """After one real step the weights moved, are finite, and matter; an exported model agrees.
 
     The step has no noise, so that what moves is what the data moves, and runs in the model's own
@@ -25,19 +26,13 @@ def effect(subject: Subject, record: Record) -> None:
     Catches: weights that never move (detached copies, steps lost in a narrow dtype), losses
     computed from other weights than those trained, exports that are another function.
     """
-    for mode in subject.modes:
-        if mode in PER_ROW_LOSS_ONLY and not subject.per_row_loss:
-            record.skip(PER_ROW_LOSS_ONLY[mode])
-            continue
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable:
-                continue
+    for mode in step_modes(subject, record):
         record.ran()
         _step(subject, record, mode)
     _export(subject, record)
 
 
-def _step(subject: Subject, record: Record, mode: str) -> None:
+def _step(subject: ModelUnderAudit, record: Record, mode: str) -> None:
     opacus = mode_around(lambda: subject.fresh_copy(), mode, subject.loss)
     batch = subject.given_batch
     try:
@@ -59,7 +54,7 @@ def _step(subject: Subject, record: Record, mode: str) -> None:
         record.find(
             "privacy",
             "weights are NaN or Inf after one step",
-            "find the row with a gradient that is not finite (see edges)",
+            "find the row with a gradient that is not finite (see edge_cases)",
             parameters=bad,
             modules=subject.owners(bad),
             mode=mode,
@@ -102,7 +97,7 @@ def _step(subject: Subject, record: Record, mode: str) -> None:
         )
 
 
-def _export(subject: Subject, record: Record) -> None:
+def _export(subject: ModelUnderAudit, record: Record) -> None:
     """The stock model that a dpzoo model saves as computes the same losses."""
     if subject.user_loss is not None:
         return

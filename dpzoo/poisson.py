@@ -75,6 +75,6 @@ def prime_empty_batches(loader: DataLoader[Any], example: Any = None) -> DataLoa
             example = collate(rows_of(loader.dataset, [0]))
         collate.first_batch = example
     if type(loader.batch_sampler) is DistributedUniformWithReplacementSampler:
-        # A DataLoader does not let go of its sampler, and a LockstepSampler has the same attributes.
+        # A DataLoader does not allow another sampler, and a LockstepSampler has the same attributes.
         loader.batch_sampler.__class__ = LockstepSampler
     return loader

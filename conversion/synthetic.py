@@ -1,6 +1,6 @@
-"""Synthetic twins: small checkpoints with random weights, laid out as the catalogue's quirks say.
+"""Synthetic checkpoints: small, with random weights, laid out as the catalogue's quirks say.
 
-A twin has the config family and the key layout of checkpoints that people have, and values that are known.
+One has the config family and the key layout of checkpoints that people have, and values that are known.
 What is written through dpzoo must have those values, whatever names the file gives them.
 """
 
@@ -23,7 +23,7 @@ State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Twin:
+class SyntheticCheckpoint:
     """A synthetic checkpoint.
 
     Attributes:
@@ -206,35 +206,45 @@ DECODER = (
 )
 """The output projections of the four families."""
 
-# --- the twins ----------------------------------------------------------------------------------
+# --- the checkpoints ----------------------------------------------------------------------------------
 
 HEADS = ("BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM", "GPT2LMHeadModel")
 
-TWINS = (
-    Twin("legacy-layer-norm", "BertForMaskedLM", layout=_gamma_beta),
-    Twin("legacy-layer-norm", "BertForPreTraining", "BertModel", layout=_gamma_beta),
-    Twin("no-prefix", "GPT2LMHeadModel", layout=_only_body),
-    Twin("no-prefix", "BertModel", "BertForSequenceClassification", fresh=True),
-    Twin("no-prefix", "DistilBertModel", "DistilBertForTokenClassification", fresh=True),
-    Twin("base-prefix", "BertForPreTraining", "BertModel", surplus="cls."),
-    Twin(
+SYNTHETIC_CHECKPOINTS = (
+    SyntheticCheckpoint("legacy-layer-norm", "BertForMaskedLM", layout=_gamma_beta),
+    SyntheticCheckpoint("legacy-layer-norm", "BertForPreTraining", "BertModel", layout=_gamma_beta),
+    SyntheticCheckpoint("no-prefix", "GPT2LMHeadModel", layout=_only_body),
+    SyntheticCheckpoint("no-prefix", "BertModel", "BertForSequenceClassification", fresh=True),
+    SyntheticCheckpoint(
+        "no-prefix", "DistilBertModel", "DistilBertForTokenClassification", fresh=True
+    ),
+    SyntheticCheckpoint("base-prefix", "BertForPreTraining", "BertModel", surplus="cls."),
+    SyntheticCheckpoint(
         "base-prefix",
         "RobertaForCausalLM",
         "RobertaModel",
         surplus="lm_head.",
         config=(("is_decoder", True),),
     ),
-    Twin("base-prefix", "DistilBertForMaskedLM", "DistilBertModel", surplus="vocab_"),
-    Twin("base-prefix", "GPT2DoubleHeadsModel", "GPT2Model", surplus="multiple_choice_head."),
-    Twin("position-ids", "BertModel", layout=_position_ids, surplus="position_ids"),
-    Twin(
+    SyntheticCheckpoint(
+        "base-prefix", "DistilBertForMaskedLM", "DistilBertModel", surplus="vocab_"
+    ),
+    SyntheticCheckpoint(
+        "base-prefix", "GPT2DoubleHeadsModel", "GPT2Model", surplus="multiple_choice_head."
+    ),
+    SyntheticCheckpoint("position-ids", "BertModel", layout=_position_ids, surplus="position_ids"),
+    SyntheticCheckpoint(
         "position-ids", "BertForTokenClassification", layout=_position_ids, surplus="position_ids"
     ),
-    Twin("position-ids", "RobertaForMaskedLM", layout=_position_ids, surplus="position_ids"),
-    Twin("causal-mask", "GPT2LMHeadModel", layout=_causal_masks, surplus=".attn.bias"),
-    Twin("pooler-missing", "BertForMaskedLM", "BertModel"),
-    Twin("pooler-missing", "RobertaForMaskedLM", "RobertaModel"),
-    Twin(
+    SyntheticCheckpoint(
+        "position-ids", "RobertaForMaskedLM", layout=_position_ids, surplus="position_ids"
+    ),
+    SyntheticCheckpoint(
+        "causal-mask", "GPT2LMHeadModel", layout=_causal_masks, surplus=".attn.bias"
+    ),
+    SyntheticCheckpoint("pooler-missing", "BertForMaskedLM", "BertModel"),
+    SyntheticCheckpoint("pooler-missing", "RobertaForMaskedLM", "RobertaModel"),
+    SyntheticCheckpoint(
         "pooler-surplus",
         "BertForMaskedLM",
         layout=_with(
@@ -243,7 +253,7 @@ TWINS = (
         ),
         surplus="pooler",
     ),
-    Twin(
+    SyntheticCheckpoint(
         "pooler-surplus",
         "RobertaForSequenceClassification",
         layout=_with(
@@ -252,40 +262,46 @@ TWINS = (
         ),
         surplus="pooler",
     ),
-    Twin("head-surplus", "BertForPreTraining", "BertForMaskedLM", surplus="cls.seq_relationship"),
-    Twin(
+    SyntheticCheckpoint(
+        "head-surplus", "BertForPreTraining", "BertForMaskedLM", surplus="cls.seq_relationship"
+    ),
+    SyntheticCheckpoint(
         "head-surplus",
         "RobertaForMaskedLM",
         "RobertaForTokenClassification",
         surplus="lm_head.",
         fresh=True,
     ),
-    Twin(
+    SyntheticCheckpoint(
         "head-surplus",
         "DistilBertForMaskedLM",
         "DistilBertForSequenceClassification",
         surplus="vocab_",
         fresh=True,
     ),
-    *(Twin("decoder-saved", head) for head in HEADS),
-    *(Twin("decoder-missing", head, layout=_without(*DECODER)) for head in HEADS),
-    Twin("decoder-bias-missing", "BertForMaskedLM", layout=_without("decoder.bias")),
-    Twin("decoder-bias-missing", "RobertaForMaskedLM", layout=_without("decoder.bias")),
-    Twin(
+    *(SyntheticCheckpoint("decoder-saved", head) for head in HEADS),
+    *(SyntheticCheckpoint("decoder-missing", head, layout=_without(*DECODER)) for head in HEADS),
+    SyntheticCheckpoint("decoder-bias-missing", "BertForMaskedLM", layout=_without("decoder.bias")),
+    SyntheticCheckpoint(
+        "decoder-bias-missing", "RobertaForMaskedLM", layout=_without("decoder.bias")
+    ),
+    SyntheticCheckpoint(
         "one-token-type",
         "RobertaForSequenceClassification",
         config=(("type_vocab_size", 1), ("num_labels", 3)),
     ),
-    *(Twin("resized-vocabulary", head, resize=103) for head in HEADS),
-    Twin("bin-only", "BertForMaskedLM", suffix="bin"),
-    Twin("bin-only", "GPT2LMHeadModel", layout=_only_body, suffix="bin"),
-    Twin("half-precision", "GPT2LMHeadModel", dtype=torch.float16, suffix="bin"),
-    Twin("half-precision", "BertForSequenceClassification", dtype=torch.float16),
-    Twin(
+    *(SyntheticCheckpoint("resized-vocabulary", head, resize=103) for head in HEADS),
+    SyntheticCheckpoint("bin-only", "BertForMaskedLM", suffix="bin"),
+    SyntheticCheckpoint("bin-only", "GPT2LMHeadModel", layout=_only_body, suffix="bin"),
+    SyntheticCheckpoint("half-precision", "GPT2LMHeadModel", dtype=torch.float16, suffix="bin"),
+    SyntheticCheckpoint("half-precision", "BertForSequenceClassification", dtype=torch.float16),
+    SyntheticCheckpoint(
         "sinusoidal-positions",
         "DistilBertForQuestionAnswering",
         config=(("sinusoidal_pos_embds", True), ("num_labels", 2)),
     ),
-    Twin("no-architecture", "BertModel", task="base", without=("architectures",)),
-    Twin("no-model-type", "BertModel", task="base", without=("architectures", "model_type")),
+    SyntheticCheckpoint("no-architecture", "BertModel", task="base", without=("architectures",)),
+    SyntheticCheckpoint(
+        "no-model-type", "BertModel", task="base", without=("architectures", "model_type")
+    ),
 )

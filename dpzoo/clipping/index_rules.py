@@ -1,7 +1,7 @@
-"""Where the rows are when entries are picked, cut out or put together: ``x[...]``, ``split``, ``cat``.
+"""Where the rows are when entries are indexed, cut out or joined: ``x[...]``, ``split``, ``cat``.
 
-Rules as in `dpzoo.clipping.layout_rules`. What is picked may be of any rows, in any number and order; the
-layout is then a `Picked`, unless the rows are in order and complete.
+Rules as in `dpzoo.clipping.layout_rules`. Indexed entries may be of any rows, in any number and order; the
+layout is then an `Indexed`, unless the rows are in order and complete.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 
 from dpzoo.clipping.layouts import (
     AnyLayout,
+    Indexed,
     Layout,
     Mixing,
-    Picked,
     Rule,
     Unknown,
     argument,
+    indexed,
     layout_of,
-    picked,
     row_ids,
 )
 
@@ -37,9 +37,9 @@ def repeats_entries(
     if isinstance(times, torch.Tensor):
         if layout.dim:
             raise Unknown
-        return picked(row_ids(layout, x.shape[0], n, x.device).repeat_interleave(times), n)
-    if isinstance(layout, Picked):
-        return Picked(layout.ids.repeat_interleave(times))
+        return indexed(row_ids(layout, x.shape[0], n, x.device).repeat_interleave(times), n)
+    if isinstance(layout, Indexed):
+        return Indexed(layout.ids.repeat_interleave(times))
     return layout._replace(inner=layout.inner * times)
 
 
@@ -52,7 +52,7 @@ def parts(at: int) -> Rule:
             return layout
         pieces = out if isinstance(out, (tuple, list)) else [out]
         whole = n * getattr(layout, "inner", 1)
-        if isinstance(layout, Picked) or any(p.shape[dim] % whole for p in pieces):
+        if isinstance(layout, Indexed) or any(p.shape[dim] % whole for p in pieces):
             return _cut(n, layout, x, dim, out)
         made = [layout._replace(outer=piece.shape[dim] // whole) for piece in pieces]
         return made if isinstance(out, (tuple, list)) else made[0]
@@ -64,7 +64,7 @@ def _cut(n: int, layout: AnyLayout, x: torch.Tensor, dim: int, out: Any) -> Any:
     if dim or not isinstance(out, (tuple, list)):
         raise Mixing
     ids = row_ids(layout, x.shape[0], n, x.device)
-    return [picked(part, n) for part in ids.split([piece.shape[0] for piece in out])]
+    return [indexed(part, n) for part in ids.split([piece.shape[0] for piece in out])]
 
 
 def narrow(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
@@ -141,7 +141,7 @@ def index(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, ou
             if not spread or first <= place:
                 place += width
         if len(kept) == x.shape[layout.dim] and kept.step == 1:
-            if isinstance(layout, Picked):
+            if isinstance(layout, Indexed):
                 if place:
                     raise Unknown
                 return layout
@@ -155,8 +155,8 @@ def index(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, ou
         if place:
             raise Unknown
         ids = row_ids(layout, x.shape[layout.dim], n, x.device)
-        return picked(ids[part], n)
-    return _picked_by(n, x, layout, out, advanced, items)
+        return indexed(ids[part], n)
+    return _indexed_by(n, x, layout, advanced, items)
 
 
 def _adjacent(items: tuple[Any, ...]) -> bool:
@@ -165,9 +165,7 @@ def _adjacent(items: tuple[Any, ...]) -> bool:
     return bool(tensors) and at[-1] - at[0] + 1 == len(at)
 
 
-def _picked_by(
-    n: int, x: torch.Tensor, layout: AnyLayout, out: Any, advanced: Any, items: Any
-) -> Any:
+def _indexed_by(n: int, x: torch.Tensor, layout: AnyLayout, advanced: Any, items: Any) -> Any:
     ids = row_ids(layout, x.shape[layout.dim], n, x.device)
     shape: tuple[int, ...] = ()
     chosen: torch.Tensor | None = None
@@ -186,7 +184,7 @@ def _picked_by(
     place = advanced[0][1] if _adjacent(items) else 0
     chosen = chosen.broadcast_to(shape)
     if len(shape) == 1 and place == 0:
-        return picked(chosen, n)
+        return indexed(chosen, n)
     return _folded(chosen, place, n)
 
 
@@ -204,7 +202,7 @@ def _folded(chosen: torch.Tensor, place: int, n: int) -> Layout:
 
 def shifted_to(layout: AnyLayout, dim: int) -> AnyLayout:
     """The layout of a vector whose entries become those of a dimension."""
-    if isinstance(layout, Picked):
+    if isinstance(layout, Indexed):
         if dim:
             raise Unknown
         return layout
@@ -225,7 +223,7 @@ def index_select(
         return layout
     if dim:
         raise Unknown
-    return picked(row_ids(layout, x.shape[0], n, x.device)[chosen], n)
+    return indexed(row_ids(layout, x.shape[0], n, x.device)[chosen], n)
 
 
 def gather(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
@@ -246,12 +244,12 @@ def concatenated(
     if dim != layout.dim:
         return layout
     own = [layout_of(piece, n) for piece in pieces]
-    if any(not isinstance(each, (Layout, Picked)) or each.dim != dim for each in own):
+    if any(not isinstance(each, (Layout, Indexed)) or each.dim != dim for each in own):
         raise Mixing
     if len({getattr(each, "inner", None) for each in own}) == 1 and isinstance(layout, Layout):
         return layout._replace(outer=out.shape[dim] // (n * layout.inner))
     if dim:
         raise Unknown
-    known = [each for each in own if isinstance(each, (Layout, Picked))]
+    known = [each for each in own if isinstance(each, (Layout, Indexed))]
     ids = [row_ids(e, len(p), n, x.device) for e, p in zip(known, pieces, strict=True)]
-    return picked(torch.cat(ids), n)
+    return indexed(torch.cat(ids), n)

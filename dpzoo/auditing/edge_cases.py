@@ -1,16 +1,16 @@
-"""Edges: the batches that Poisson sampling and real data bring sooner or later."""
+"""Edge cases: the batches that Poisson sampling and real data bring sooner or later."""
 
 import torch
 
 from dpzoo.auditing.batches import Batch
+from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY, first_line
 from dpzoo.auditing.record import Record
-from dpzoo.auditing.subject import Subject
 from dpzoo.modes import MODES
 
 
-def edges(subject: Subject, record: Record) -> None:
+def edge_cases(subject: ModelUnderAudit, record: Record) -> None:
     """Batches of 0 and 1 rows, rows without labels, rows of zeros, and a row that is not finite.
 
     Catches: models that crash on the empty batches of Poisson sampling (skipping them breaks the
@@ -18,9 +18,8 @@ def edges(subject: Subject, record: Record) -> None:
     that are NaN for an innocent row.
     """
     for mode in subject.modes:
-        with subject.usable(mode, record.skipped) as usable:
-            if not usable:
-                continue
+        if not subject.usable(mode, record.skipped):
+            continue
         if not MODES[mode].empty:
             record.skip(f"{mode}: torch's ExpandedWeights refuse empty batches")
             continue
@@ -31,7 +30,7 @@ def edges(subject: Subject, record: Record) -> None:
         _poisoned(subject, record)
 
 
-def _sizes(subject: Subject, record: Record, mode: str) -> None:
+def _sizes(subject: ModelUnderAudit, record: Record, mode: str) -> None:
     """Batches of 0 and 1."""
     empty, one = subject.batch.take([]), subject.batch.take([0])
     opacus = subject.opacus(mode)
@@ -51,8 +50,8 @@ def _sizes(subject: Subject, record: Record, mode: str) -> None:
                     "note",
                     f"the model raises on an empty batch: {first_line(error)}",
                     "Poisson sampling draws such batches, with probability exp(-expected rows). bk takes "
-                    "the step without the model: leave forward and backward pass out, and call "
-                    "optimizer.step() all the same. DPTrainer does so",
+                    "the step without the model: skip the forward and the backward pass, and still call "
+                    "optimizer.step(). DPTrainer does so",
                     mode=mode,
                 )
                 continue
@@ -82,8 +81,8 @@ def _sizes(subject: Subject, record: Record, mode: str) -> None:
             record.find("privacy", f"{mode} mode's step on {title} is not finite", mode=mode)
 
 
-def _innocent_rows(subject: Subject, record: Record) -> None:
-    """Rows that data may well hold have finite gradients; those that do not, poison the sum."""
+def _innocent_rows(subject: ModelUnderAudit, record: Record) -> None:
+    """Rows that are usual in data have finite gradients; a row that has not would ruin the sum."""
     trials: list[tuple[str, Batch, str]] = []
     if subject.batch.token_labels(sure=True):
         trials.append(
@@ -129,7 +128,7 @@ def _innocent_rows(subject: Subject, record: Record) -> None:
             )
 
 
-def _poisoned(subject: Subject, record: Record) -> None:
+def _poisoned(subject: ModelUnderAudit, record: Record) -> None:
     """What a step makes of a row whose gradient is NaN; Opacus' does not leave it out, bk does."""
     spread = []
     for mode in subject.modes:

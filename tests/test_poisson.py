@@ -7,7 +7,7 @@ from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSample
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpzoo
-from dpzoo.data import LockstepSampler
+from dpzoo.poisson import LockstepSampler
 
 ROWS, PROCESSES, RATE = 41, 3, 1 / 20
 

@@ -9,15 +9,20 @@ import torch
 
 from dpzoo.errors import InputError
 
-Enter = Callable[..., None]
+RecordUse = Callable[..., None]
 
 
 class Tap(torch.autograd.Function):
-    """The identity on one or several tensors; its backward calls ``enter`` with their gradients."""
+    """The identity on one or several tensors; its backward calls ``record`` with their gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, owner: Any, enter: Enter, count: int, *tensors: torch.Tensor
+        ctx: Any,
+        anchor: torch.Tensor,
+        owner: Any,
+        record: RecordUse,
+        count: int,
+        *tensors: torch.Tensor,
     ) -> Any:
         """The first ``count`` of ``tensors``, with an edge to ``anchor``; the rest is kept for backward.
 
@@ -25,7 +30,7 @@ class Tap(torch.autograd.Function):
         them in place. The tapped functions keep nothing of their outputs for their own backward.
         """
         ctx.save_for_backward(*tensors[count:])
-        ctx.owner, ctx.enter, ctx.inputs = owner, enter, len(tensors)
+        ctx.owner, ctx.record, ctx.inputs = owner, record, len(tensors)
         ctx.parents = ()
         outputs = tuple(tensor.data for tensor in tensors[:count])
         return outputs[0] if count == 1 else outputs
@@ -33,7 +38,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Pass the gradients through, and record the use."""
-        ctx.owner.enter(ctx.enter, grads, ctx.saved_tensors)
+        ctx.owner.record_use(ctx.record, grads, ctx.saved_tensors)
         return (None, None, None, None, *grads, *(None,) * (ctx.inputs - len(grads)))
 
 
@@ -73,7 +78,7 @@ def refuse_unseen(
 
     The graph is walked from the losses. At a tap the walk goes on with the tensors of rows that went
     into the tapped function, and not with its parameters, which the tap records. A parameter that the
-    walk meets all the same is used past every tap.
+    walk still reaches is used without a tap.
 
     Args:
         losses: the rows' losses, (rows,).
@@ -119,7 +124,7 @@ def refuse_unseen(
                     f"The losses use {name_of(leaf)} outside the model's private forward pass, or in a "
                     f"function that torch does not show ({node.name()}), wanted every use in torch "
                     f"functions that the model's forward calls: elsewhere its per-sample gradients "
-                    f"cannot be had. Move that use into the forward, or freeze the parameter."
+                    f"cannot be computed. Move that use into the forward, or freeze the parameter."
                 )
     for node, function in mixed:
         if node in seen:
