@@ -251,8 +251,8 @@ def private_arguments(args: TrainingArguments, mode: str) -> tuple[TrainingArgum
     copied = copy.copy(args)
     copied.per_device_train_batch_size = physical * parts * args.world_size
     copied.ddp_find_unused_parameters = False  # DDP waits for no gradients here
-    copied.fsdp = None  # `dpzoo.integrations.sharding` splits the model
-    if hasattr(copied, "fsdp_plugin_args"):
+    if args.fsdp:  # `dpzoo.integrations.sharding` splits the model, and Trainer does not
+        copied.fsdp = [] if isinstance(args.fsdp, list) else None
         copied.fsdp_plugin_args = None
     copied.gradient_accumulation_steps = 1
     copied.max_grad_norm = 0.0

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import dpzoo
 from dpzoo.ledger import Ledger
+from tests.distributed.options import OPTIONS
 from tests.distributed.torchrun import ROOT, run_two_processes
 from tests.integrations.runs import BERT, Owned, Rows, trainer_of
 from tests.support import stock_model
@@ -146,6 +147,26 @@ def test_units_in_two_processes_are_those_of_one(way: str, tmp_path: Path) -> No
             torch.testing.assert_close(first["weights"][key], value, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.slow
+def test_under_fsdp_options_do_what_they_do_under_ddp(tmp_path: Path) -> None:
+    run_two_processes(["-m", "tests.distributed.options", str(tmp_path)], tmp_path / "log")
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"options-{rank}.pt", weights_only=False)
+        assert list(seen) == list(OPTIONS)
+        for name, ways in seen.items():
+            ddp, fsdp = ways["ddp"], ways["fsdp"]
+            assert ddp["epsilon"] == fsdp["epsilon"]
+            if name == "epsilon":
+                assert 0 < ddp["epsilon"] < 10  # the noise of shards is other noise
+                continue
+            # The layers compute in bfloat16, and under DDP autocast chooses what does.
+            close = 1e-2 if name == "bf16" else 1e-12
+            for what in ("evaluated", "predicted"):
+                assert ddp[what] == pytest.approx(fsdp[what], abs=close)
+            for key, value in ddp["weights"].items():
+                torch.testing.assert_close(fsdp["weights"][key], value, rtol=0, atol=close)
+
+
 def run_to_the_end(folder: Path, options: list[str], patience: float) -> list[tuple[int, str]]:
     """Two processes, not under torchrun, which would end the other: (exit code, errors) of each."""
     with socket.socket() as free:
@@ -203,6 +224,7 @@ def test_a_rank_that_dies_or_freezes_ends_the_other(seed: int, tmp_path: Path) -
     rank, step, kind = chance.randrange(2), chance.randint(1, 5), ("SIGKILL", "SIGSTOP")[seed % 2]
     options = [f"{k}={v}" for k, v in {**PARTS, "max_steps": 6, "ddp_timeout": TIMEOUT}.items()]
     options += ["gradient_accumulation_steps=2", "save_strategy=steps", "save_steps=2"]
+    options += ["fsdp=1"] * (seed % 3 == 0)
     ends = run_to_the_end(tmp_path, [*options, f"die={rank}:{step}:{kind}:{seed}"], 600)
     code, log = ends[1 - rank]
     assert code != 0

@@ -96,7 +96,7 @@ def run(folder: Path, options: dict[str, str]) -> None:
     if "WORLD_SIZE" in os.environ:
         settings["ddp_backend"] = "gloo"
     if fsdp:
-        settings["fsdp"] = True
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2}}
     errors = attacks(folder, settings, cap) if attack else []
     args = arguments(folder / "out", logging_strategy="steps", logging_steps=1, **settings)
     owned = {"unit_column": "who", "max_rows_per_unit": cap} if cap else {}
