@@ -35,7 +35,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "model_init": {"model_init": lambda: stock_model(BERT)},
     "bf16": {"bf16": True},
     "epsilon": {"noise": 1.0},
-    "one group": {"fsdp_config": {"auto_wrap_policy": "NO_WRAP", "reshard_after_forward": False}},
+    "one group": {
+        **BEST,
+        "fsdp_config": {"auto_wrap_policy": "NO_WRAP", "reshard_after_forward": False},
+    },
     "workers": {"dataloader_num_workers": 1, "per_device_eval_batch_size": 2},
 }
 

@@ -91,6 +91,16 @@ def test_weights_and_optimizer_go_into_files_whole_and_come_back(name: str, tmp_
         load_whole(fresh, str(tmp_path))
 
 
+def test_what_an_evaluation_gathered_goes_before_the_step() -> None:
+    """A step without rows has no pass that would let it go, and changes the parts."""
+    model = split(made(BERT), Sharding(whole=True, reshard=False)).eval()
+    with torch.no_grad():
+        model(**batch_for(BERT))
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    gather_no_more(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
 def test_groups() -> None:
     assert groups(split(made(BERT))) == {"BertLayer", BERT}
     assert groups(split(made(BERT), Sharding(whole=True))) == {BERT}
