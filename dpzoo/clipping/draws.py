@@ -10,7 +10,10 @@ Parts of one draw add up: several backward passes before the step, or `BatchMemo
 loader early drops an unfinished step.
 
 Where units are drawn (`dpzoo.clipping.units`), the draw also says whose each row is: its rows come unit by
-unit. A part takes whole units.
+unit. A part takes units whole.
+
+In several processes each rank has its own part of a draw. A unit is whole on one rank: the optimizer
+compares what ranks stepped (`dpzoo.clipping.optimizer.DistributedBookKeepingOptimizer`).
 """
 
 from __future__ import annotations
@@ -63,7 +66,10 @@ class Draws:
         self._taken = 0
         self._left: dict[int, int] | None = None  # of the draw's units; None: all of them
         self._named = False  # the coming rows' units, by ids
-        self._seen: set[Any] = set()  # ids of the step's units, where nothing is compared
+        self._seen: set[Any] = set()  # ids of the step's units, where the caller answers for them
+        self._unnamed = False  # rows of the step came without, there
+        self.stepped: tuple[frozenset[Any], bool] = frozenset(), False
+        """The units of the last step; and whether rows came without ids, each a unit by itself."""
         self._parts: list[torch.Tensor] = []  # by which rows are seen that share memory
         self._came: dict[int, Counter[int]] = {}  # input: its rows so far, by which copies are seen
         self._columns: list[torch.Tensor] = []  # of the batch that was handed out last
@@ -94,6 +100,7 @@ class Draws:
         """What was taken of the draw does not count, and may be taken again."""
         self._taken, self._left = 0, None
         self._seen.clear()
+        self._unnamed = False
         self._parts.clear()
         self._came.clear()
 
@@ -135,6 +142,7 @@ class Draws:
                     f"one backward pass: they are clipped as one."
                 )
             self._seen.update(names or ())
+            self._unnamed |= names is None and rows > 0
             return Units(range(rows) if names is None else names)
         if self.dataset is None and names is not None:
             raise InputError(
@@ -259,7 +267,9 @@ class Draws:
         Raises:
             InputError: rows of the draw are missing.
         """
+        self.stepped = frozenset(self._seen), self._unnamed
         self._seen.clear()
+        self._unnamed = False
         if not self.strict:
             return
         if not self._drawn:
@@ -275,7 +285,7 @@ class Draws:
                 f"batch needs its backward(); a collator or model must not drop or join rows; and a batch "
                 f"without rows is stepped like any other."
             )
-        self._drawn.popleft()
+        self.stepped = frozenset(self._drawn.popleft().units or ()), False
         self._stepped = True
         self.abandon()
         if self._handed is not None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import opacus
 import torch
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import nn, optim
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -34,7 +37,7 @@ from dpzoo.clipping.optimizer import (
     with_release,
 )
 from dpzoo.clipping.rules import rule_of
-from dpzoo.clipping.units import UnitRows, unit_loader
+from dpzoo.clipping.units import UnitRows, unit_loader, unit_terms
 from dpzoo.errors import InputError
 from dpzoo.files import whole_file
 from dpzoo.ledger import Ledger
@@ -42,6 +45,13 @@ from dpzoo.opacus_internals import on_ghost_backward
 from dpzoo.poisson import prime_empty_batches
 
 log = logging.getLogger(__name__)
+
+SPREAD = (
+    DistributedDataParallel,
+    DifferentiallyPrivateDistributedDataParallel,
+    FSDPModule,
+)
+"""What a model is that several processes train as one."""
 
 RELEASE_STATE = "dpzoo_release"
 """Key of a checkpoint: the noise's key, the run's name, its steps and the ledger's."""
@@ -120,7 +130,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             InputError: ids as of `dpzoo.clipping.units.UnitRows`, or in another mode, or without Poisson
                 sampling; the loader has a sampler that Poisson sampling would replace; a generator in
                 secure mode; an optimizer that evaluates the loss several times a step; ranks that draw
-                alike.
+                alike, or that have different units, caps, clipping norms, noise or numbers of batches.
             UnsupportedModelError: a layer that learns from the batch without gradients.
         """
         refuse_optimizer(optimizer)
@@ -134,11 +144,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 f"by itself, so that a unit of k rows moves the sum by k C; and what is drawn are units. "
                 f"Use grad_sample_mode='bk', or leave out unit_ids: the unit is then the row."
             )
-        if units is not None and torch.distributed.is_initialized():
+        if units is not None and not isinstance(module, SPREAD) and _processes() > 1:
             raise InputError(
-                "make_private got unit_ids in several processes (torch.distributed is initialized), wanted "
-                "one: that the rows of a unit meet on one rank is not tested. Train in one process, or "
-                "leave out unit_ids: the unit is then the row."
+                f"make_private got unit_ids in {_processes()} processes and a {type(module).__name__} that "
+                f"is not spread over them, wanted DistributedDataParallel(model) or fully_shard(model): "
+                f"else each process draws from all units, and trains a model of its own. Wrap the model, "
+                f"or train in one process."
             )
         if self._keyed and noise_generator is not None:
             raise InputError(
@@ -195,6 +206,18 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
             private_optimizer.attach_step_hook(pay)
         _watch(private, module, getattr(private_optimizer, "drop", lambda: None))
+        if hasattr(private_optimizer, "ranks"):
+            private_optimizer.ranks.agree(
+                {
+                    "max_grad_norm": repr(kwargs.get("max_grad_norm")),
+                    "noise_multiplier": private_optimizer.noise_multiplier,
+                    "poisson_sampling": poisson_sampling,
+                    # Without Poisson sampling the caller answers for who has which rows.
+                    "length of the data set": len(loader.dataset) if poisson_sampling else None,
+                    "batches of an epoch": batches if poisson_sampling else None,
+                    **unit_terms(units),
+                }
+            )
         if poisson_sampling:
             if grad_sample_mode == "bk" or isinstance(loader.dataset[0], dict):
                 prime_empty_batches(loader)
@@ -481,6 +504,11 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
             f"False and no sampler. Weight the rows in the loss instead, or call "
             f"make_private(poisson_sampling=False), and be responsible for the accounting yourself."
         )
+
+
+def _processes() -> int:
+    ready = torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
 
 
 def _refuse_equal_ranks(optimizer: Any) -> None:

@@ -24,8 +24,8 @@ from dpzoo.factors import (
 CANCELLED = 1e-3
 """A row's squared norm is computed once more in float64 where rounding may be more of it than this.
 
-Below it the bound stands for the norm, and a row is clipped to less than C by up to half of this. In float32 a
-row of t unrelated positions is at 3.5e-7 t, and opposing positions are above it at any length.
+Below it the bound stands for the norm, and a row is clipped to less than C by up to half of this. In
+float32 a row of t unrelated positions is at 3.5e-7 t, and opposing positions are above it at any length.
 """
 
 

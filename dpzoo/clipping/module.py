@@ -238,7 +238,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             uses = {id(whole.get(p, p)): whole.get(p, p) for _, p in named}
             self._names = {key: n for key, (n, _) in zip(uses, named, strict=True)}
             units = optimizer.draws.units(len(losses), unit_ids)
-            with self._waiting("backward pass"):
+            with self.waiting("backward pass"):
                 store = self._record(units.mean(losses), list(uses.values()), units)
             inputs = [] if self._recorder is None else self._recorder.inputs
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
@@ -309,7 +309,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._earlier.clear()
         return store
 
-    def _waiting(self, place: str) -> Any:
+    def waiting(self, place: str) -> Any:
         """Name the ranks that FSDP2 waits for in vain."""
         return (
             contextlib.nullcontext() if self._shards is None else self._shards.ranks.waiting(place)
@@ -373,7 +373,7 @@ class BookKeepingModule(BookKeepingHooks, AbstractGradSampleModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
-        with self._waiting("forward pass"):
+        with self.waiting("forward pass"):
             return super().forward(*args, **kwargs)
 
 

@@ -378,6 +378,10 @@ class DistributedBookKeepingOptimizer(BookKeepingOptimizer):
     """`BookKeepingOptimizer` for one of several processes: sums over all ranks, and noise on rank 0.
 
     All ranks have rank 0's key and run; rank 0 keeps the ledger. A step that fails on one fails on all.
+
+    Guarantees:
+        A unit's rows are of one rank in a step, where they are clipped as one: ranks compare their units
+        before anything is added up for release.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -405,8 +409,12 @@ class DistributedBookKeepingOptimizer(BookKeepingOptimizer):
         self.ranks.fail(error)
 
     def add_noise(self) -> None:
-        """As in one process, when all ranks are here."""
-        self.ranks.meet(f"step {self.release.steps + 1}")
+        """As in one process, when all ranks are here.
+
+        Raises:
+            InputError: a unit has rows on two ranks, or rows have ids on one rank and none on another.
+        """
+        _refuse_cut(self.ranks.meet(f"step {self.release.steps + 1}", self.draws.stepped))
         super().add_noise()
 
     def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
@@ -526,6 +534,28 @@ def source_of(generator: torch.Generator | None) -> NoiseSource:
         return NoiseSource()
     drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
     return NoiseSource.insecure(int(drawn))
+
+
+def _refuse_cut(said: list[tuple[frozenset[Any], bool]]) -> None:
+    """Raise unless each unit of a step is on one rank; ``said`` is each rank's `Draws.stepped`."""
+    owners: dict[Any, int] = {}
+    for rank, (units, _) in enumerate(said):
+        for unit in units:
+            if owners.setdefault(unit, rank) != rank:
+                raise InputError(
+                    f"Rows of unit {unit!r} came on ranks {owners[unit]} and {rank} in one step, wanted "
+                    f"all rows of a unit on one rank: they are clipped as one. Use the loader that "
+                    f"make_private(unit_ids=...) returned as it is, which gives each unit to one rank; or, "
+                    f"with poisson_sampling=False, bring a unit's rows to one rank. Nothing of this step "
+                    f"was released."
+                )
+    bare = [rank for rank, (_, unnamed) in enumerate(said) if unnamed]
+    if owners and bare:
+        raise InputError(
+            f"backward() got unit_ids on rank {next(iter(owners.values()))} and none on rank {bare[0]}, "
+            f"wanted the ids of all rows on all ranks: without them a row is a unit by itself. Give "
+            f"unit_ids in each backward() of the step. Nothing of this step was released."
+        )
 
 
 def sum_dtype(parameter: torch.Tensor) -> torch.dtype:

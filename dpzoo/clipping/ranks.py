@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dpzoo.errors import DpzooError, RankError, UnsupportedModelError
+from dpzoo.errors import DpzooError, InputError, RankError, UnsupportedModelError
 
 _GLOO = re.compile(
     "gloo|Connection closed by peer|Connection reset|Timed out waiting", re.IGNORECASE
@@ -89,6 +89,29 @@ class Ranks:
                 f"Nothing of this step was released."
             )
         return [word for _, word in said]
+
+    def agree(self, terms: dict[str, Any]) -> None:
+        """Wait for all ranks, and compare what they train on.
+
+        Args:
+            terms: name -> value.
+
+        Raises:
+            InputError: a value is not the same on all ranks; the message names all of those.
+            RankError: as of `meet`.
+        """
+        said = self.meet("terms of the run", terms)
+        wrong = [
+            f"{name} ({', '.join(f'rank {rank}: {own[name]!r}' for rank, own in enumerate(said))})"
+            for name in terms
+            if any(own[name] != terms[name] for own in said)
+        ]
+        if wrong:
+            raise InputError(
+                f"Ranks differ in {'; '.join(wrong)}, wanted the same on all: each takes its part of one "
+                f"draw from one data set. Give all ranks the whole data set, in one order, with the ids of "
+                f"all its rows (ids are compared as repr() has them), and the same arguments."
+            )
 
     @contextmanager
     def waiting(self, place: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ batch are of one unit: it is what clipping goes by.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -104,6 +105,19 @@ class UnitRows(Dataset[Any]):
     def __getitems__(self, units: list[int]) -> list[Any]:
         """The rows of a draw, unit by unit."""
         return rows_of(self.dataset, [row for unit in units for row in self.chosen(unit)])
+
+
+def unit_terms(units: UnitRows | None) -> dict[str, Any]:
+    """Name -> value of what is the same on all ranks: units are shared out by number; None: rows are."""
+    digest = hashlib.sha256()
+    if units is not None:
+        for own, rows in zip(units.numbers, units.rows, strict=True):
+            digest.update(repr((own, rows)).encode())
+    return {
+        "units": None if units is None else len(units),
+        "digest of unit_ids": None if units is None else digest.hexdigest()[:16],
+        "max_rows_per_unit": None if units is None else units.most,
+    }
 
 
 class Units:

@@ -150,8 +150,8 @@ setattr(PrivacyArguments, "__init__", _old_name(PrivacyArguments.__init__))  # n
 # --- TrainingArguments --------------------------------------------------------------------------
 
 _WHOLE = (
-    "none: DPTrainer has the whole model on every rank (DDP). For FSDP2 use dpzoo.PrivacyEngine in a loop "
-    "of your own: docs/distributed.md"
+    "none: DPTrainer has the whole model on every rank (DDP), or with fsdp=True a part of it (FSDP2): "
+    "docs/distributed.md"
 )
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -164,7 +164,6 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "1: nn.DataParallel has no per-row gradients. Set CUDA_VISIBLE_DEVICES to one device",
     ),
     "deepspeed": (lambda a: a.deepspeed, _WHOLE),
-    "fsdp": (lambda a: a.fsdp, _WHOLE),
     "parallelism_config": (lambda a: a.parallelism_config is not None, _WHOLE),
     "include_num_input_tokens_seen": (
         lambda a: a.world_size > 1 and a.include_num_input_tokens_seen not in (False, "no"),
@@ -252,6 +251,9 @@ def private_arguments(args: TrainingArguments, mode: str) -> tuple[TrainingArgum
     copied = copy.copy(args)
     copied.per_device_train_batch_size = physical * parts * args.world_size
     copied.ddp_find_unused_parameters = False  # DDP waits for no gradients here
+    if args.fsdp:  # `dpzoo.integrations.sharding` splits the model, and Trainer does not
+        copied.fsdp = [] if isinstance(args.fsdp, list) else None
+        copied.fsdp_plugin_args = None
     copied.gradient_accumulation_steps = 1
     copied.max_grad_norm = 0.0
     # The newer name of two; the older one follows it from transformers 5.23 on.
@@ -285,7 +287,14 @@ _HARMLESS = (
         "resume_from_checkpoint",
     ),
     *("prediction_loss_only", "batch_eval_metrics", "include_", "skip_memory_metrics", "debug"),
-    *("dataloader_", "ddp_", "local_rank", "enable_jit_checkpoint", "torch_empty_cache_steps"),
+    *(
+        "dataloader_",
+        "ddp_",
+        "fsdp",
+        "local_rank",
+        "enable_jit_checkpoint",
+        "torch_empty_cache_steps",
+    ),
     *("restore_callback_states_from_checkpoint", "bf16_full_eval", "fp16_full_eval", "use_cache"),
 )
 """Beginnings of the names of fields that no step depends on."""

@@ -15,7 +15,7 @@ import itertools
 import os
 import random
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -141,8 +141,10 @@ class LogicalBatches(Dataset[Any]):
 
 def _length(row: Any) -> int:
     """Tokens of a row; 0 if it does not say."""
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    return len(ids) if isinstance(ids, Sized) and getattr(ids, "ndim", 1) else 0
+    try:
+        return len(row["input_ids"])
+    except (TypeError, KeyError, IndexError):
+        return 0
 
 
 def batch_key(seed: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class PrivateStep:
         rows: of the training data; or units.
         logical: the expected rows, or units, of a batch.
         device: the model's.
-        ranks: processes, each with the whole model.
+        ranks: processes, each with the whole model, or all with a part of it (FSDP2).
 
     Raises:
         InputError: an optimizer that is private already, or of other parameters.
@@ -94,6 +95,13 @@ class PrivateStep:
         if not last:
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Around the model's forward pass: names the ranks that FSDP2 waits for in vain."""
+        if not MODES[self._mode].own:
+            return nullcontext()
+        around: AbstractContextManager[None] = self._hooks.waiting("forward pass")
+        return around
 
     def nothing(self) -> None:
         """The step of an empty draw: the sum of no rows, to which the step adds its noise."""

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from transformers.trainer_utils import (
 from dpzoo.accounting import epsilon_of
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.clipping.ranks import Ranks, silence
-from dpzoo.clipping.units import UnitRows
+from dpzoo.clipping.units import UnitRows, unit_terms
 from dpzoo.errors import InputError
 from dpzoo.integrations.accounting import Account
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
@@ -49,6 +50,15 @@ from dpzoo.integrations.batches import (
 from dpzoo.integrations.card import UNPUBLISHED, PrivacyCard, publishable
 from dpzoo.integrations.inputs import base_of, length_of, per_sample
 from dpzoo.integrations.plan import Plan, cost_of, fixed_bytes
+from dpzoo.integrations.sharding import (
+    gather_no_more,
+    load_whole,
+    shard,
+    sharding_of,
+    split_optimizer_state,
+    whole_optimizer_state,
+    whole_state,
+)
 from dpzoo.integrations.state import (
     PrivacyState,
     digests,
@@ -71,7 +81,8 @@ class DPTrainer(Trainer):
         trainer.train()
 
     The logical batch has ``per_device_train_batch_size * gradient_accumulation_steps`` rows on average, and
-    under torchrun or accelerate launch (DDP) that many for each process. A process has at most
+    under torchrun or accelerate launch that many for each process (DDP; FSDP2 with
+    ``TrainingArguments(fsdp=True)``). A process has at most
     ``per_device_train_batch_size`` of them in memory at a time. The rest is Trainer's: it
     evaluates, predicts, logs, saves stock checkpoints and resumes.
 
@@ -120,16 +131,12 @@ class DPTrainer(Trainer):
             )
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.privacy = privacy
+        self._sharding = sharding_of(args)
         args, self._physical_rows = private_arguments(args, privacy.grad_sample_mode)
         if privacy.secure_mode and args.world_size > 1:
             raise InputError(
                 f"DPTrainer got secure_mode=True in {args.world_size} processes, wanted False: ranks take "
                 f"their shares of one draw, which each makes from a secret key that all have."
-            )
-        if privacy.unit_column is not None and args.world_size > 1:
-            raise InputError(
-                f"DPTrainer got unit_column={privacy.unit_column!r} in {args.world_size} processes, wanted "
-                f"one: that the draw of units over ranks is one Poisson draw has not been tested."
             )
         self._engine = PrivacyEngine(accountant=privacy.accountant, secure_mode=privacy.secure_mode)
         self._account = Account(privacy.accountant, args.output_dir, enters=args.process_index == 0)
@@ -141,12 +148,29 @@ class DPTrainer(Trainer):
             self._count(train_dataset, args)
         model = None if model is None else per_sample(model, privacy.grad_sample_mode)
         self._own_forward = None if model is None else model.__dict__.get("forward")
+        model = None if model is None else self._placed(model, args)
         super().__init__(model, args, data_collator, train_dataset, *positional, **options)
         self._given = self.optimizer, self.lr_scheduler
+        if self._sharding is not None and self._given != (None, None):
+            raise InputError(
+                "DPTrainer got optimizers with TrainingArguments.fsdp, wanted none: an optimizer has the "
+                "parameters of the whole model, and the model is split. Give TrainingArguments.optim and "
+                "lr_scheduler_type, or DPTrainer's optimizer_cls_and_kwargs."
+            )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As Trainer's; a stock model is converted."""
-        return per_sample(super().call_model_init(trial), self.privacy.grad_sample_mode)
+        """As Trainer's; a stock model is converted, and under FSDP2 split over the ranks."""
+        model = per_sample(super().call_model_init(trial), self.privacy.grad_sample_mode)
+        return self._placed(model, self.args)
+
+    def _placed(self, model: nn.Module, args: TrainingArguments) -> nn.Module:
+        if self._sharding is None:
+            return model
+        return shard(model, self._sharding, args.device, args.world_size)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self._sharding is None:  # parts are where they belong
+            super()._move_model_to_device(model, device)
 
     def _count(self, dataset: Any, args: TrainingArguments) -> None:
         """Take the terms of the account from the number of rows, or of units."""
@@ -210,6 +234,11 @@ class DPTrainer(Trainer):
         assert noise is not None
         assert self.delta is not None
         seconds = memory = None
+        if measure and self._sharding is not None:
+            raise InputError(
+                "DPTrainer.plan() got measure=True with TrainingArguments.fsdp, wanted False: the passes "
+                "are those of a whole model. Measure without fsdp, in one process."
+            )
         if measure:
             first = list(range(min(4, self._physical_rows, len(self.train_dataset))))
             batch = LogicalBatches(self.train_dataset, self._collate(), len(first), 0).__getitems__(
@@ -327,6 +356,8 @@ class DPTrainer(Trainer):
         if self.args.world_size > 1:
             # On the CPU transformers does not hand the time-out on.
             ranks = Ranks.present(timedelta(seconds=self.args.ddp_timeout))
+            units = self._drawn_from if isinstance(self._drawn_from, UnitRows) else None
+            ranks.agree({**self._terms(), **unit_terms(units)})
             shared = self._account.run, self._batch_key
             self._account.run, self._batch_key = ranks.share(shared)
         self.optimizer, self.lr_scheduler = self._given
@@ -335,6 +366,16 @@ class DPTrainer(Trainer):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self._detach()
+
+    def _terms(self) -> dict[str, Any]:
+        privacy = self.privacy
+        return {
+            "rows of train_dataset": len(self.train_dataset),
+            "rows of a logical batch": self.args.per_device_train_batch_size,
+            "rows of a physical batch": self._physical_rows,
+            "unit_column": privacy.unit_column,
+            "noise multiplier": self.noise_multiplier,
+        }
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial is a run on the same rows, and none of them would be accounted for.
@@ -382,7 +423,7 @@ class DPTrainer(Trainer):
             "rows of train_dataset": len(self.train_dataset),
             "units of train_dataset": self._rows,
             "rows of a physical batch": self._physical_rows,
-            "class of the model": type(self.model).__name__,
+            "class of the model": type(self.model).__name__.removeprefix("FSDP"),
             "trained parameters": [len(trained), sum(trained)],
         }
         privacy = replace(self.privacy, target_delta=self.delta)
@@ -392,7 +433,11 @@ class DPTrainer(Trainer):
         if self._noise_state is None:
             self._account.choose_noise(self.privacy, max_steps)
         self.model.train()
+        if self._sharding is not None:
+            gather_no_more(self.model)
         self.create_optimizer()
+        if self._sharding is not None:
+            self.optimizer.register_load_state_dict_pre_hook(split_optimizer_state)
         noise_multiplier = self._account.noise_multiplier
         assert noise_multiplier is not None
         self._step = PrivateStep(
@@ -516,12 +561,15 @@ class DPTrainer(Trainer):
                 f"for one step alone. Wanted the batches of DPTrainer.get_train_dataloader(), in order."
             )
         self._account.begin_step(number + 1)
+        if self._sharding is not None:  # every pass is a collective: all take as many
+            most = max(Ranks.present().meet(f"parts of step {number + 1}", len(parts)))
+            parts = [*parts, *[self._empty_part() for _ in range(most - len(parts))]]
         model.train()
         total, rows = torch.zeros((), device=self.args.device), 0
         private.begin(inputs["rows"], inputs["units"])
         with seeded(self._batch_key, number, 1 + 2 * self.args.process_index):  # dropout
             for i, part in enumerate(parts):
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), private.forward():
                     losses = self._row_losses(model, self._prepare_inputs(part))
                     loss = private.criterion(losses)
                 loss.backward()
@@ -531,6 +579,15 @@ class DPTrainer(Trainer):
         if not parts:
             private.nothing()
         return total / max(rows, 1)
+
+    def _empty_part(self) -> dict[str, Any]:
+        """A part without rows, as the collator would make it."""
+        with seeded(0):
+            rows = LogicalBatches(self.train_dataset, self._collate(), 1, 0).__getitems__([0, 0])
+        return {
+            name: value[:0] if isinstance(value, torch.Tensor) and value.ndim else value
+            for name, value in rows["parts"][0].items()
+        }
 
     def _row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         rows = len(next(iter(inputs.values())))
@@ -555,8 +612,16 @@ class DPTrainer(Trainer):
         return losses
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Autocast under bf16, in training and evaluation."""
-        return self.accelerator.autocast()
+        """Autocast under bf16, in training and evaluation; under FSDP2 the layers see to it."""
+        return contextlib.nullcontext() if self._sharding else self.accelerator.autocast()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if self._sharding is not None:
+                gather_no_more(self.model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         # Trainer asks before the step, when there is no noise in the gradients yet: not private.
@@ -571,6 +636,15 @@ class DPTrainer(Trainer):
             # A checkpoint's privacy.json is written last, and is what it is resumed by.
             checkpoint = os.path.basename(folder).startswith(f"{PREFIX_CHECKPOINT_DIR}-")
             self.card().write(folder, state=not checkpoint, **self._metadata())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's: a stock checkpoint, under FSDP2 too, where all ranks have to call it."""
+        if self._sharding is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir or self.args.output_dir, state_dict=whole_state(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _metadata(self) -> dict[str, Any]:
         base = getattr(base_of(self.model).config, "_name_or_path", "") if self.model else ""
@@ -665,6 +739,29 @@ class DPTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharding is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state, own = whole_optimizer_state(self.optimizer.state_dict()), self.optimizer
+        self.optimizer = SimpleNamespace(state_dict=lambda: state)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            self.optimizer = own
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._sharding is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_whole(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self._sharding is None:
+            super()._load_best_model()
+        else:
+            load_whole(self.model, str(self.state.best_model_checkpoint))
 
 
 @contextlib.contextmanager

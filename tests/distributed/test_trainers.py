@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,20 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dpzoo
 from dpzoo.ledger import Ledger
+from tests.distributed.options import OPTIONS
 from tests.distributed.torchrun import ROOT, run_two_processes
-from tests.integrations.runs import BERT, Rows, trainer_of
+from tests.integrations.runs import BERT, Owned, Rows, trainer_of
 from tests.support import stock_model
 
 PARTS = {"per_device_train_batch_size": 2, "max_steps": 4}
 TIMEOUT = 10
 
 
-def start_model() -> Any:
+def start_model(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return dpzoo.convert(stock_model(BERT, torch.float32)).train()
+    return dpzoo.convert(stock_model(BERT, dtype)).train()
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
@@ -71,6 +74,97 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     other = trainer_of(start_model(), tmp_path / "out", **PARTS, train_dataset=Rows(BERT))
     with pytest.raises(dpzoo.InputError, match="per_device_train_batch_size=4"):
         other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+DIFFERING = (
+    r"InputError: Ranks differ in max_rows_per_unit (rank 0: 2, rank 1: 1)",
+    r"InputError: Ranks differ in digest of unit_ids (rank 0: '",
+    r"InputError: Ranks differ in rows of train_dataset (rank 0: 31, rank 1: 24); units",
+)
+CLOSE = 1e-9  # AdamW divides key biases' gradients, 1e-17 of rounding, by 1e-8
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_units_in_two_processes_are_those_of_one(way: str, tmp_path: Path) -> None:
+    """Float64, AdamW: weights, evaluation, account, files; ranks that differ; one process goes on."""
+    settings: dict[str, Any] = {**PARTS, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    settings |= {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    options = [f"{k}={v}" for k, v in settings.items()]
+    options += [
+        "noise=0",
+        "units=2",
+        "gradient_accumulation_steps=2",
+        *["fsdp=1"] * (way == "fsdp"),
+    ]
+    command = ["-m", "tests.distributed.trainers", str(tmp_path), *options]
+    printed = run_two_processes([*command, "attack=1"], tmp_path / "log")
+    assert printed.count("'loss'") == 4  # by rank 0 alone
+    assert printed.count("'eval_loss'") == 3
+    first, second = (
+        torch.load(tmp_path / f"trainer-{rank}.pt", weights_only=False) for rank in range(2)
+    )
+    for rank in (first, second):
+        for error, wanted in zip(rank["errors"], DIFFERING, strict=True):
+            assert error.startswith(wanted)
+        assert rank["own"] == (1.0 if way == "ddp" else pytest.approx(0.5, abs=0.1))
+    private = {"noise_multiplier": 0.0, "unit_column": "who", "max_rows_per_unit": 2}
+    settings |= {"gradient_accumulation_steps": 4}
+    settings |= {"train_dataset": Owned(BERT), "eval_dataset": Rows(BERT, 12)}
+
+    def assert_same(model: Any) -> None:
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(first["weights"][key], value, rtol=0, atol=CLOSE)
+
+    alone = trainer_of(start_model(torch.float64), tmp_path / "alone", private, **settings)
+    alone.train()
+    assert_same(alone.model)
+    assert not torch.equal(first["weights"]["classifier.weight"], start_model().classifier.weight)
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key])
+    drawn = [batch[1:] for batch in alone.get_train_dataloader().batch_sampler]
+    for one, other, both in zip(first["drawn"], second["drawn"], drawn, strict=True):
+        assert sorted([*one, *other]) == both
+    assert first["history"] == second["history"] == alone._account.history == [(0.0, 0.5, 4)]
+    assert first["evaluated"] == pytest.approx(alone.evaluate()["eval_loss"], abs=1e-6)
+    alone.save_model(str(tmp_path / "one"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "saved"))
+    assert list(one) == list(two)
+    assert all(value.shape == two[key].shape for key, value in one.items())
+
+    resumed = trainer_of(start_model(torch.float64), tmp_path / "out", private, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert_same(resumed.model)
+    if way == "fsdp":  # and two go on with what one wrote
+        shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+        run_two_processes([*command, "resume=1"], tmp_path / "log")
+        again = torch.load(tmp_path / "trainer-1.pt", weights_only=False)
+        for key, value in again["weights"].items():
+            torch.testing.assert_close(first["weights"][key], value, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.slow
+def test_under_fsdp_options_do_what_they_do_under_ddp(tmp_path: Path) -> None:
+    run_two_processes(["-m", "tests.distributed.options", str(tmp_path)], tmp_path / "log")
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"options-{rank}.pt", weights_only=False)
+        assert list(seen) == list(OPTIONS)
+        for name, ways in seen.items():
+            ddp, fsdp = ways["ddp"], ways["fsdp"]
+            assert ddp["epsilon"] == fsdp["epsilon"]
+            if name == "epsilon":
+                assert 0 < ddp["epsilon"] < 10  # the noise of shards is other noise
+                continue
+            # The layers compute in bfloat16, and under DDP autocast chooses what does.
+            close = 1e-2 if name == "bf16" else 1e-12
+            for what in ("evaluated", "predicted"):
+                assert ddp[what] == pytest.approx(fsdp[what], abs=close)
+            for key, value in ddp["weights"].items():
+                torch.testing.assert_close(fsdp["weights"][key], value, rtol=0, atol=close)
 
 
 def run_to_the_end(folder: Path, options: list[str], patience: float) -> list[tuple[int, str]]:
@@ -130,6 +224,7 @@ def test_a_rank_that_dies_or_freezes_ends_the_other(seed: int, tmp_path: Path) -
     rank, step, kind = chance.randrange(2), chance.randint(1, 5), ("SIGKILL", "SIGSTOP")[seed % 2]
     options = [f"{k}={v}" for k, v in {**PARTS, "max_steps": 6, "ddp_timeout": TIMEOUT}.items()]
     options += ["gradient_accumulation_steps=2", "save_strategy=steps", "save_steps=2"]
+    options += ["fsdp=1"] * (seed % 3 == 0)
     ends = run_to_the_end(tmp_path, [*options, f"die={rank}:{step}:{kind}:{seed}"], 600)
     code, log = ends[1 - rank]
     assert code != 0

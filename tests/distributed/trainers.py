@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N -m tests.distributed.trainers FOLDER [NAME=VALUE ...]
 
 NAME is a TrainingArgument, ``die=RANK:STEP:SIGNAL:SEED`` (the rank sends itself the signal at a random
-moment of that step), ``noise=MULTIPLIER`` or ``resume=1``.
+moment of that step), ``noise=MULTIPLIER``, ``resume=1``, ``fsdp=1``, ``units=CAP`` (float64, and rows of
+owners) or ``attack=1`` (before it, runs whose ranks differ).
 """
 
 import os
@@ -21,7 +22,8 @@ from transformers import TrainerCallback
 
 import dpzoo
 from dpzoo.integrations import DPTrainer
-from tests.integrations.runs import BERT, Rows, arguments, privacy
+from tests.distributed.steps import full
+from tests.integrations.runs import BERT, Owned, Rows, arguments, privacy
 from tests.support import stock_model
 
 
@@ -59,22 +61,51 @@ class Die(TrainerCallback):
             threading.Thread(target=end, daemon=True).start()
 
 
+def attacks(folder: Path, options: dict[str, Any], cap: int) -> list[str]:
+    """Errors of runs in which rank 1 differs: in the cap, in whose rows are, in the rows."""
+    other = os.environ["RANK"] == "1"
+    swapped = Owned(BERT)
+    swapped.who[0], swapped.who[1] = swapped.who[1], swapped.who[0]
+    errors = []
+    for changed, rows in ((cap - 1, Owned(BERT)), (cap, swapped), (cap, Owned(BERT, 12))):
+        trainer = DPTrainer(
+            model=dpzoo.convert(stock_model(BERT)).train(),
+            args=arguments(folder / "attack", **options),
+            train_dataset=rows if other else Owned(BERT),
+            eval_dataset=Rows(BERT, 7),
+            privacy=privacy(
+                unit_column="who", max_rows_per_unit=changed if other else cap, noise_multiplier=0.0
+            ),
+        )
+        try:
+            trainer.train()
+            errors.append("")
+        except dpzoo.DpzooError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
 def run(folder: Path, options: dict[str, str]) -> None:
     """Train, and write what this rank has to FOLDER/trainer-RANK.pt."""
     die, resume = options.pop("die", ""), bool(options.pop("resume", ""))
-    noise = float(options.pop("noise", 1.0))
+    noise, attack = float(options.pop("noise", 1.0)), bool(options.pop("attack", ""))
+    cap, fsdp = int(options.pop("units", 0)), bool(options.pop("fsdp", ""))
     torch.manual_seed(0)
-    start = dpzoo.convert(stock_model(BERT, torch.float32)).train()
+    start = dpzoo.convert(stock_model(BERT, torch.float64 if cap else torch.float32)).train()
     settings: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in options.items()}
     if "WORLD_SIZE" in os.environ:
         settings["ddp_backend"] = "gloo"
+    if fsdp:
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    errors = attacks(folder, settings, cap) if attack else []
     args = arguments(folder / "out", logging_strategy="steps", logging_steps=1, **settings)
+    owned = {"unit_column": "who", "max_rows_per_unit": cap} if cap else {}
     trainer = DPTrainer(
         model=start,
         args=args,
-        train_dataset=Rows(BERT),
-        eval_dataset=Rows(BERT, 7),
-        privacy=privacy(noise_multiplier=noise),
+        train_dataset=Owned(BERT) if cap else Rows(BERT),
+        eval_dataset=Rows(BERT, 12),  # whole batches on both ranks: Trainer averages over batches
+        privacy=privacy(noise_multiplier=noise, **owned),
     )
     trainer.add_callback(Count(folder))
     if die:
@@ -86,9 +117,14 @@ def run(folder: Path, options: dict[str, str]) -> None:
     trainer.train(resume_from_checkpoint=resume or None)
     sampler.key = trainer._batch_key
     drawn = [b[1:] for b in sampler]
+    own = sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters())
+    trainer.save_model(str(folder / "saved"))
     torch.save(
         {
-            "weights": {k: v.clone() for k, v in trainer.model.state_dict().items()},
+            "weights": {k: full(v) for k, v in trainer.model.state_dict().items()},
+            "errors": errors,
+            "own": own / sum(p.numel() for p in trainer.model.parameters()),
+            "epsilon": trainer.epsilon,
             "drawn": drawn,
             "history": trainer._account.history,
             "log": trainer.state.log_history,

@@ -11,6 +11,7 @@ from dpzoo.integrations import DPTrainer, PrivacyArguments
 from dpzoo.integrations.batches import PoissonBatches
 from tests.support import SEQ, TASK, inputs_for, largest_error, row_of
 
+UNITS = 16
 BERT, GPT2, LM = "BertForSequenceClassification", "GPT2ForSequenceClassification", "GPT2LMHeadModel"
 
 
@@ -36,6 +37,18 @@ class Rows(torch.utils.data.Dataset):
 
     def take(self, indices: list[int]) -> dict[str, torch.Tensor]:
         return {key: value[indices] for key, value in self.batch.items()}
+
+
+class Owned(Rows):
+    """16 owners of 1 to 3 rows each, not in a row."""
+
+    def __init__(self, name: str, units: int = UNITS) -> None:
+        owners = [k for k in range(units) for _ in range(1 + k % 3)]
+        super().__init__(name, len(owners))
+        self.who = [owners[(7 * i) % len(owners)] for i in range(len(owners))]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**super().__getitem__(i), "who": f"owner {self.who[i]}"}
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:

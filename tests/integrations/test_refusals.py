@@ -78,7 +78,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"fp16": True}, "fp16=True, wanted False: its GradScaler multiplies .* Use bf16=True"),
     ({"_n_gpu": 2}, "n_gpu=2, wanted 1: nn.DataParallel .* Set CUDA_VISIBLE_DEVICES"),
     ({"deepspeed": {"a": 1}}, "deepspeed=.*, wanted none: .* the whole model on every rank"),
-    ({"fsdp": ["full_shard"]}, "fsdp=.*, wanted none: .* For FSDP2 use dpzoo.PrivacyEngine"),
+    ({"fsdp": True}, "fsdp=True in one process, wanted several: torchrun"),
     ({"parallelism_config": object()}, "parallelism_config=.*, wanted none"),
     ({"torch_compile": True}, "torch_compile=True, wanted False: a compiled model"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True, wanted False: its layers"),
@@ -127,6 +127,51 @@ def test_several_processes(
         DPTrainer(
             model=start, args=args, train_dataset=Rows(BERT), privacy=privacy(grad_sample_mode=mode)
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fsdp_config": {"version": 1}}, r"fsdp_config={'version': 1}, wanted 2: FSDP1"),
+        (
+            {"fsdp_config": {"version": 2, "cpu_offload": True}},
+            "{'cpu_offload': True}, wanted False",
+        ),
+        (
+            {"fsdp_config": {"version": 2, "activation_checkpointing": True}},
+            "gradient_checkpointing",
+        ),
+        (
+            {"fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
+            "'SHARDED_STATE_DICT'}, wanted 'FULL_STATE_DICT'",
+        ),
+        ({"fsdp_config": {"version": 2, "auto_wrap_policy": "SIZE_BASED_WRAP"}}, "or 'NO_WRAP'"),
+        ({"fsdp_config": {"version": 2, "sharp": 1}}, "{'sharp': 1}, wanted a field of FSDP2's"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True with fsdp, wanted False"),
+        ({"even_batches": False}, "'even_batches': False} with fsdp, wanted True"),
+        ({"environment": "true"}, r"ACCELERATE_USE_FSDP='true' in the environment .*fsdp=True"),
+    ],
+)
+def test_fsdp(
+    given: dict[str, Any],
+    message: str,
+    start: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = copy.copy(arguments(tmp_path))
+    args.__class__ = type("Two", (type(args),), {"world_size": 2})
+    args.fsdp, args.fsdp_config = True, {"version": 2}
+    for name, value in given.items():
+        if name == "environment":
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+        elif name == "even_batches":
+            args.accelerator_config = copy.copy(args.accelerator_config)
+            args.accelerator_config.even_batches = value
+        else:
+            setattr(args, name, value)
+    with pytest.raises(dpzoo.InputError, match=message):
+        DPTrainer(model=start, args=args, train_dataset=Rows(BERT), privacy=privacy())
 
 
 def test_checkpoint_folders_are_not_published(start: Any, tmp_path: Path) -> None:

@@ -13,24 +13,20 @@ from torch.utils.data import DataLoader
 import dpzoo
 from dpzoo.clipping.units import keyed_choice
 from dpzoo.integrations import PrivacyArguments
-from tests.integrations.runs import BERT, LM, Rows, assert_close, draws, privacy, trainer_of
+from tests.integrations.runs import (
+    BERT,
+    LM,
+    UNITS,
+    Owned,
+    assert_close,
+    draws,
+    privacy,
+    trainer_of,
+)
 from tests.integrations.test_resume import SAVED, killed_run
 from tests.support import assert_bit_equal, stock_model
 
-UNITS = 16
 UNIT: dict[str, Any] = {"unit_column": "who"}
-
-
-class Owned(Rows):
-    """16 owners of 1 to 3 rows each, not in a row."""
-
-    def __init__(self, name: str) -> None:
-        owners = [k for k in range(UNITS) for _ in range(1 + k % 3)]
-        super().__init__(name, len(owners))
-        self.who = [owners[(7 * i) % len(owners)] for i in range(len(owners))]
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {**super().__getitem__(i), "who": f"owner {self.who[i]}"}
 
 
 def start_of(name: str, dropout: float = 0.0) -> Any:
