@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import warnings
 from typing import Any
 
@@ -37,7 +36,7 @@ from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader
 from dpzoo.data import prime_empty_batches
 from dpzoo.errors import InputError
-from dpzoo.files import whole_file
+from dpzoo.files import path_of, whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
 
@@ -45,6 +44,7 @@ log = logging.getLogger(__name__)
 
 RELEASE_STATE = "dpzoo_release"
 """Key of a checkpoint: the noise's key, the run's name, its steps and the ledger's."""
+BESIDE = "the ledger of the steps that were begun lies beside it"
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -316,7 +316,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         by its owner only; keep it as the data are kept.
 
         Raises:
-            InputError: the model is under FSDP2.
+            InputError: the model is under FSDP2; the path is none.
             OSError: it could not be written; what was there before stands.
         """
         if any(isinstance(p, DTensor) for p in module.parameters()):
@@ -326,6 +326,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "torch.distributed.checkpoint, and keep the steps in a ledger: "
                 "optimizer.release.watched_by(dpzoo.ledger.Ledger(path))."
             )
+        path = path_of(path, "save_checkpoint", BESIDE)
         saved = dict(checkpoint_dict or {})
         release = getattr(optimizer, "release", None)
         if release is not None:
@@ -334,7 +335,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 if isinstance(optimizer, BookKeepingOptimizer)
                 else {"release": release.state()}
             )
-            ledger = release.watched_by(Ledger(f"{os.fspath(path)}.ledger"))
+            ledger = release.watched_by(Ledger(f"{path}.ledger"))
             state["head"] = ledger.head if ledger.path.exists() else None
             saved[RELEASE_STATE] = state
         with whole_file(path, mode=0o600) as part:
@@ -363,6 +364,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             InputError: reading the file would run code, or it is no checkpoint; it has no state of the
                 noise; its ledger is gone or not the one that it was written with.
         """
+        path = path_of(path, "load_checkpoint", BESIDE)
         options = {**(torch_load_kwargs or {}), "weights_only": True}
         try:
             checkpoint: dict[str, Any] = torch.load(path, **options)
@@ -379,7 +381,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ) from error
         state = checkpoint.pop(RELEASE_STATE, None)
         release = getattr(optimizer, "release", None)
-        ledger = Ledger(f"{os.fspath(path)}.ledger")
+        ledger = Ledger(f"{path}.ledger")
         if release is not None:
             if state is None:
                 raise InputError(
