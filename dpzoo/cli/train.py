@@ -27,6 +27,7 @@ not.
 
 exit status:
   0  the model was saved; or, with --dry-run, planned
+  1  the model was saved, and its canaries show more than the accounted epsilon
   2  it could not run: the file, its columns, the model, an option; nothing was
      released
 
@@ -58,6 +59,7 @@ _HELP = {
     "max_length": "tokens kept of a row",
     "lora_rank": "of the adapters (8)",
     "heldout_share": "of the rows, without --eval (0.1)",
+    "canaries": "rows more, by which the run bounds its own epsilon from below",
     "seed": "of the split and of new weights; not of the noise",
 }
 _KINDS: dict[str, Any] = {"int": int, "float": float, "str": str}
@@ -110,5 +112,5 @@ def run(options: Any) -> int:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="opacus")  # how it searches for the noise
-        train(given, dry_run=bool(options.dry_run), resume=bool(options.resume), say=say)
-    return 0
+        run = train(given, dry_run=bool(options.dry_run), resume=bool(options.resume), say=say)
+    return int(run.audit is not None and not run.audit.ok)

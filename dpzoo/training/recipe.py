@@ -48,6 +48,7 @@ class Recipe:
         heldout_share: chance of a row to be held out, decided by a hash of the row alone.
         seed: of the split and of new weights; not of batches and noise, whose keys are secret.
         statistics: keep rows' norms and clipped shares in OUT.run. Not private.
+        canaries: rows more, by which the run bounds its own epsilon from below (`dpzoo.GradientCanaries`).
 
     Raises:
         InputError: a value out of range.
@@ -78,6 +79,7 @@ class Recipe:
     heldout_share: float = 0.1
     seed: int = 0
     statistics: bool = False
+    canaries: int | None = None
 
     def __post_init__(self) -> None:
         if self.unit is not None and self.trainable == "head":
@@ -96,6 +98,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value!r}, wanted a number above 0.")
+        if self.canaries is not None and self.canaries < 2:
+            raise InputError(
+                f"canaries={self.canaries!r}, wanted at least 2; 500 bound epsilon well."
+            )
         if not 0 < self.heldout_share <= 0.5:
             raise InputError(f"heldout_share={self.heldout_share!r}, wanted above 0, at most 0.5.")
 
