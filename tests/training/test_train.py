@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import dpzoo
@@ -17,6 +17,8 @@ from dpzoo.cli import main
 from dpzoo.heads import output_layer
 from dpzoo.training import Recipe
 from dpzoo.training import run as module
+from dpzoo.training.data import Task
+from dpzoo.training.models import load
 from dpzoo.training.recipe import choose
 
 
@@ -387,3 +389,31 @@ def test_a_bound_above_the_account_is_said_and_is_status_1(
     assert main(["train", str(folder / "rows.jsonl"), *words]) == 1
     assert "measured  audit of a run: FAILED: epsilon is not what" in capsys.readouterr().out
     assert "**audit of a run: FAILED" in (folder / "out" / "README.md").read_text()
+
+
+# --- the checkpoint that is trained -------------------------------------------------------------
+
+
+def test_only_a_head_may_be_new(folder: Path) -> None:
+    config = transformers.BertConfig(**BERT, num_labels=3, vocab_size=50)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder / "model")
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    tokenizer.save_pretrained(folder / "model")
+    path = folder / "model" / "model.safetensors"
+    whole = load_file(path)
+    task = Task("classification", "text", "label", None, ("n", "p"), "")
+
+    model, _, scratch = load(str(folder / "model"), task)  # a head of 3 classes, for 2
+    assert not scratch
+    assert model.classifier.weight.shape == (2, 16)
+    assert torch.equal(model.bert.pooler.dense.weight, whole["bert.pooler.dense.weight"])
+
+    for gone in ("bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.bias"):
+        save_file({k: v for k, v in whole.items() if k != gone}, path, {"format": "pt"})
+        with pytest.raises(dpzoo.InputError, match=f"lacks 1 of .* below its head .{gone}"):
+            dpzoo.train(recipe(folder, model=str(folder / "model")))
+    wrong = {**whole, "bert.embeddings.word_embeddings.weight": torch.zeros(7, 16)}
+    save_file(wrong, path, {"format": "pt"})
+    with pytest.raises(dpzoo.InputError, match=r"word_embeddings.weight is \(7, 16\), wanted"):
+        dpzoo.train(recipe(folder, model=str(folder / "model")))
