@@ -24,21 +24,21 @@ PathLike = str | os.PathLike[str]
 _NODE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
-def path_of(path: object, asker: str, why: str) -> str:
+def path_of(path: object, asker: str, wanted: str) -> str:
     """A path as text.
 
     Args:
         path: what was given for one.
         asker: the function that it was given to.
-        why: why it cannot be a file object.
+        wanted: what it takes.
 
     Raises:
         InputError: it is none.
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(
-            f"{asker} got a {type(path).__name__} as path, wanted the path of a file: {why}. Give it one "
-            f"(a temporary file's, for bytes in memory)."
+            f"{asker} got a {type(path).__name__}, wanted {wanted}. For bytes in memory, take a temporary "
+            f"file or folder."
         )
     return os.fspath(path)
 

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 RELEASE_STATE = "dpzoo_release"
 """Key of a checkpoint: the noise's key, the run's name, its steps and the ledger's."""
-BESIDE = "the ledger of the steps that were begun lies beside it"
+BESIDE = "the path of a file: the ledger of the steps that were begun lies beside it"
 
 
 class PrivacyEngine(opacus.PrivacyEngine):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpzoo.errors import InputError
+from dpzoo.files import path_of
 from dpzoo.training.data import CLASSIFICATION, LANGUAGE_MODELLING
 
 TRAINABLE = ("head", "lora", "bias", "all")
@@ -118,7 +119,10 @@ class Recipe:
             import yaml
 
             try:
-                values = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+                wanted = "a Recipe, a mapping of its fields, or the path of a YAML file of them"
+                values = yaml.safe_load(
+                    Path(path_of(given, "The recipe", wanted)).read_text(encoding="utf-8")
+                )
             except (OSError, yaml.YAMLError) as error:
                 raise InputError(f"The recipe {given} cannot be read: {error}") from None
             if not isinstance(values, dict):

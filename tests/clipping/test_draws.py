@@ -690,9 +690,7 @@ def test_a_checkpoint_has_a_path(place: Any) -> None:
     run = Run()
     kind = type(place).__name__
     for call in (run.engine.save_checkpoint, run.engine.load_checkpoint):
-        with pytest.raises(
-            InputError, match=f"^{call.__name__} got a {kind} as path, wanted the path"
-        ):
+        with pytest.raises(InputError, match=f"^{call.__name__} got a {kind}, wanted the path"):
             call(path=place, module=run.model, optimizer=run.optimizer)
 
 
