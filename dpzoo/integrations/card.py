@@ -54,8 +54,8 @@ class PrivacyCard:
         neighbours: which data sets count as neighbours.
         tuned: which hyper-parameters were chosen, on which data.
         notes: what else bears on the guarantee.
-        canaries: rows among the units by which the run was audited (`dpzoo.audit_run`); 0: it was not.
-        epsilon_at_least: what they showed with 95 % confidence: a true epsilon is not below it.
+        measured: what canaries among the units showed (`dpzoo.audit_run`): epsilon_at_least with that
+            confidence, at delta, where epsilon_accounted is accounted; None without canaries.
         versions: package -> version.
     """
 
@@ -73,8 +73,7 @@ class PrivacyCard:
     neighbours: str = "adding or removing one unit"
     tuned: str | None = None
     notes: tuple[str, ...] = ()
-    canaries: int = 0
-    epsilon_at_least: float | None = None
+    measured: dict[str, float] | None = None
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> str:
@@ -134,12 +133,14 @@ class PrivacyCard:
         )
 
     def _measured(self) -> dict[str, str]:
-        if self.epsilon_at_least is None:
+        if self.measured is None:
             return {}
-        below = math.floor(100 * self.epsilon_at_least) / 100
+        below = math.floor(100 * self.measured["epsilon_at_least"]) / 100
         return {
-            "Epsilon, measured": f"at least {below:.2f} with 95 % confidence, by {self.canaries} canaries "
-            "among the units"
+            "Epsilon, measured": f"at least {below:.2f} at delta {self.measured['delta']:.3g}, where "
+            f"{rounded_up(self.measured['epsilon_accounted'])} is accounted; with "
+            f"{self.measured['confidence']:.0%} confidence, by {self.measured['canaries']:.0f} canaries "
+            f"among the units"
         }
 
     def write(self, folder: str | Path, *, state: bool = True, **metadata: Any) -> None:

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 RECIPE_NAME = "recipe.json"
 CANARIES_NAME = "canaries.npz"
+MEASURED_AT = 1e-5
+"""Delta of the bound by canaries. Their number times it has to be far below 1; 1 / units is too much."""
 NUMBER = "canary"
 """The column that says which canary a row is."""
 LOG_NAME = "log_not_private.csv"
@@ -115,9 +117,14 @@ def train(
     card, model = job.train(resume)
     report = None if job.canaries is None else _audit(job.canaries, card)
     if report is not None:
-        card = replace(
-            card, canaries=report.canaries, epsilon_at_least=report["any mechanism"].epsilon
-        )
+        measured = {
+            "epsilon_at_least": report["any mechanism"].epsilon,
+            "epsilon_accounted": report.epsilon or 0.0,
+            "delta": report.delta,
+            "confidence": report.confidence,
+            "canaries": report.canaries,
+        }
+        card = replace(card, measured=measured)
         if not report.ok:
             card = replace(card, notes=(*card.notes, f"**{str(report).splitlines()[0]}.**"))
     metrics = job.score(model)
@@ -138,12 +145,14 @@ def train(
 
 
 def _audit(canaries: GradientCanaries, card: PrivacyCard) -> RunReport:
-    """What the run's canaries say of its epsilon."""
+    """What the run's canaries say of its epsilon, at a delta of which they can say something."""
+    delta = min(card.delta, MEASURED_AT)
+    history = ((card.noise_multiplier, card.sample_rate, card.steps),)
     return audit_run(
         canaries,
         {"likelihood": canaries.scores(card.noise_multiplier, card.sample_rate)},
-        delta=card.delta,
-        epsilon=card.epsilon,
+        delta=delta,
+        epsilon=epsilon_of(card.accountant, history, delta),
         independent=True,
     )
 

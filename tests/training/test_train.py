@@ -1,6 +1,7 @@
 """`dpzoo.train` and ``dpzoo train`` on tiny models from scratch: choices, plan, card, resuming."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import dpzoo
+from dpzoo.accounting import epsilon_of
 from dpzoo.cli import main
 from dpzoo.heads import output_layer
 from dpzoo.training import Recipe
@@ -295,11 +297,21 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
     assert run.audit.ok
     assert run.card.units == run.plan.units == 40 + _rows(said)
     assert run.card.delta == 1 / run.card.units
-    assert run.audit.epsilon == run.card.epsilon <= 3.0
+    assert run.card.epsilon <= 3.0
+    history = ((run.card.noise_multiplier, run.card.sample_rate, run.card.steps),)
+    assert run.audit.epsilon == epsilon_of("prv", history, 1e-5) > run.card.epsilon
     saved = json.loads((folder / "out" / "privacy.json").read_text())
-    assert saved["canaries"] == 40
-    assert saved["epsilon_at_least"] == run.audit["any mechanism"].epsilon
-    assert "| Epsilon, measured | at least" in (folder / "out" / "README.md").read_text()
+    assert saved["measured"] == {
+        "epsilon_at_least": run.audit["any mechanism"].epsilon,
+        "epsilon_accounted": run.audit.epsilon,
+        "delta": 1e-5,
+        "confidence": 0.95,
+        "canaries": 40,
+    }
+    text = (folder / "out" / "README.md").read_text()
+    assert re.search(
+        r"Epsilon, measured \| at least \d.\d\d at delta 1e-05, where \d+.\d+ is", text
+    )
     assert any(line.startswith("measured  audit of a run: no bound") for line in said)
     with np.load(folder / "out.run" / "canaries.npz") as kept:
         assert (kept["coins"] == run.audit.coins).all()
