@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dpzoo.auditing import AuditFailedError, AuditReport, Finding, audit, audit_loop
     from dpzoo.clipping import PrivacyEngine
     from dpzoo.conversion import convert, to_transformers
-    from dpzoo.empirical import Canaries, RunReport, audit_run
+    from dpzoo.empirical import Canaries, GradientCanaries, RunReport, audit_run
     from dpzoo.errors import (
         ConversionError,
         DpzooError,
@@ -95,6 +95,7 @@ __all__ = [
     "GPT2ForTokenClassification",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "GradientCanaries",
     "InputError",
     "ModelLoss",
     "PrivacyEngine",

@@ -82,7 +82,12 @@ def read_config(source: str | Path, family: str | None = None) -> PreTrainedConf
 
 
 def load_class(
-    cls: Any, source: str | Path, config: PreTrainedConfig, **settings: Any
+    cls: Any,
+    source: str | Path,
+    config: PreTrainedConfig,
+    *,
+    new_head: bool = False,
+    **settings: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """``cls.from_pretrained``: the model and transformers' report.
 
@@ -90,6 +95,7 @@ def load_class(
         cls: a class of dpzoo or of transformers.
         source: hub id or folder.
         config: the checkpoint's; a copy is used.
+        new_head: as in `load_stock`.
         **settings: as ``from_pretrained``'s.
 
     Raises:
@@ -101,7 +107,12 @@ def load_class(
         model, report = cls.from_pretrained(
             source, config=copy.deepcopy(config), **settings, **where
         )
-    wrong = sorted(report["mismatched_keys"])
+    prefix = f"{model.base_model_prefix}."
+    wrong = [
+        one
+        for one in sorted(report["mismatched_keys"])
+        if not new_head or one[0].startswith(prefix)
+    ]
     if wrong:
         name, got, wanted = wrong[0]
         raise InputError(
@@ -112,7 +123,39 @@ def load_class(
     return model, report
 
 
-def lost(missing: Iterable[str], cls: type[PerSampleModel], config: PreTrainedConfig) -> list[str]:
+def load_stock(
+    cls: Any, source: str | Path, config: PreTrainedConfig, *, new_head: bool = False
+) -> Any:
+    """A checkpoint of any architecture as a class of transformers, whole below its head.
+
+    Args:
+        cls: a class, or an auto class.
+        source: hub id or folder.
+        config: the checkpoint's.
+        new_head: take a head of other sizes than the class's for none: the class's is random then.
+
+    Raises:
+        InputError: as `load_class`; or what it lacks is no head.
+    """
+    model, report = load_class(cls, source, config, new_head=new_head)
+    prefix = f"{model.base_model_prefix}."
+    headless = not any(key.startswith(prefix) for key in model.state_dict())
+    missing = sorted(
+        key
+        for key in report["missing_keys"]
+        if (headless or key.startswith(prefix)) and "pooler" not in key
+    )
+    if config.model_type in FAMILIES:  # of which more is known
+        missing = sorted({*missing, *lost(report["missing_keys"], type(model), config)})
+    if missing:
+        raise InputError(
+            f"{source} lacks {len(missing)} of {type(model).__name__}'s parameters below its head "
+            f"({some(missing)}), which would be random. Wanted a whole checkpoint."
+        )
+    return model
+
+
+def lost(missing: Iterable[str], cls: Any, config: PreTrainedConfig) -> list[str]:
     """Of the parameters that a checkpoint lacks, those that it should have: all but a new head's.
 
     Args:

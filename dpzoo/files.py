@@ -16,9 +16,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpzoo.errors import InputError
+
 PathLike = str | os.PathLike[str]
 
 _NODE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
+def path_of(path: object, asker: str, wanted: str) -> str:
+    """A path as text.
+
+    Args:
+        path: what was given for one.
+        asker: the function that it was given to.
+        wanted: what it takes.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(
+            f"{asker} got a {type(path).__name__}, wanted {wanted}. For bytes in memory, take a temporary "
+            f"file or folder."
+        )
+    return os.fspath(path)
 
 
 @contextmanager

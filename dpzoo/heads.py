@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dpzoo.clipping import PrivacyEngine
 from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.losses import IGNORE_INDEX, RowLosses
 
 _OUTPUTS = ("classifier.out_proj", "classifier", "score")
 _POOLED = {  # model type -> its layers, and the dense layer between the first token and the head
@@ -198,6 +199,7 @@ def train_head(
     feature_norm: float | None = None,
     accountant: str = "prv",
     progress: Callable[[int, int, float], None] | None = None,
+    canaries: Any = None,
 ) -> HeadRun:
     """Train the last layer of a classifier from zero, in place, on features.
 
@@ -222,6 +224,7 @@ def train_head(
             the root of the width, for entries of about 1; `pool_by_mean` returns that of its own.
         accountant: "prv" or "rdp".
         progress: called after each step with the steps taken, all steps, and the loss (not private).
+        canaries: `dpzoo.GradientCanaries`, rows beside those of ``values``: they count.
 
     Returns:
         What was spent.
@@ -234,15 +237,23 @@ def train_head(
         (epsilon, delta) of the returned run for the weights, for adding or removing one row.
     """
     _, layer = output_layer(model)
-    rows = len(values)
     _check(layer, values, labels)
     if epsilon is not None and delta is None:
         raise InputError("train_head got an epsilon and no delta, wanted both: at most 1 / rows.")
     scale = 1 / (feature_norm or math.sqrt(layer.in_features))
     head = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    columns = [values.float() * scale]
+    if canaries is not None:
+        count = len(canaries)
+        columns = [
+            torch.cat([*columns, torch.zeros(count, layer.in_features)]),
+            torch.cat([torch.full((len(values),), canaries.none), torch.arange(count)]),
+        ]
+        labels = torch.cat([labels, torch.full((count,), IGNORE_INDEX)])
+    rows = len(labels)
     run = fit_head(
         head,
-        TensorDataset(values.float() * scale, labels),
+        TensorDataset(*columns, labels),
         epsilon=epsilon,
         delta=delta,
         epochs=epochs,
@@ -252,6 +263,7 @@ def train_head(
         max_grad_norm=max_grad_norm,
         accountant=accountant,
         progress=progress,
+        canaries=canaries,
     )
     with torch.no_grad():
         layer.weight.copy_(head.weight * scale)
@@ -274,6 +286,7 @@ def fit_head(
     averaged_share: float = 0.5,
     accountant: str = "prv",
     progress: Callable[[int, int, float], None] | None = None,
+    canaries: Any = None,
 ) -> HeadRun:
     """Train a small module on features from zero, in place: the loop of `train_head`.
 
@@ -290,6 +303,7 @@ def fit_head(
         averaged_share: the share of the steps, the last ones, whose weights are averaged.
         accountant: "prv" or "rdp".
         progress: as in `train_head`.
+        canaries: as in `train_head`; which of them a row is stands in the last column of features.
 
     Returns:
         What was spent.
@@ -303,15 +317,15 @@ def fit_head(
     loader: Any = DataLoader(data, batch_size=batch_size, shuffle=True)
     steps, rate = epochs * len(loader), 1 / len(loader)
     learning_rate *= 1.0 if epsilon is None else min(1.0, math.sqrt(epsilon / 8))
-    inner = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum)
+    module: Any = head if canaries is None else _Audited(head, canaries)
+    criterion: Any = nn.CrossEntropyLoss() if canaries is None else RowLosses()
+    inner = torch.optim.SGD(module.parameters(), lr=learning_rate, momentum=momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: max(0.0, 1 - step / steps))
-    module: Any = head
     optimizer: Any = inner
-    criterion: Any = nn.CrossEntropyLoss()
     engine = PrivacyEngine(accountant=accountant)
     if epsilon is not None:
         module, optimizer, criterion, loader = engine.make_private_with_epsilon(
-            module=head,
+            module=module,
             optimizer=inner,
             criterion=criterion,
             data_loader=loader,  # comes back with Poisson sampling
@@ -327,9 +341,14 @@ def fit_head(
     for _ in range(epochs):
         for *columns, wanted in loader:
             optimizer.zero_grad()
-            loss = criterion(module(*columns), wanted)
+            if canaries is None:
+                loss = criterion(module(*columns), wanted)
+            else:
+                loss = criterion(module(*columns, wanted))
             loss.backward()
             optimizer.step()
+            if canaries is not None:
+                canaries.see(done, optimizer.expected_batch_size / max_grad_norm)
             schedule.step()
             if done >= first:  # of noisy weights: costs no privacy
                 for mean, parameter in zip(averaged, parameters, strict=True):
@@ -346,6 +365,25 @@ def fit_head(
         return HeadRun(None, None, None, rate, done)
     noise = float(optimizer.noise_multiplier)
     return HeadRun(engine.get_epsilon(delta), delta, noise, rate, done)
+
+
+class _Audited(nn.Module):
+    """The losses of rows, of which some are canaries.
+
+    Args:
+        head: features -> logits.
+        canaries: numbers -> what is added to the losses.
+    """
+
+    def __init__(self, head: nn.Module, canaries: nn.Module) -> None:
+        super().__init__()
+        self.head, self.canaries = head, canaries
+
+    def forward(self, *columns: torch.Tensor) -> torch.Tensor:
+        """(rows,), of features, numbers and labels."""
+        *features, numbers, wanted = columns
+        losses = nn.functional.cross_entropy(self.head(*features), wanted, reduction="none")
+        return losses + self.canaries(numbers)
 
 
 def _check(layer: nn.Linear, values: torch.Tensor, labels: torch.Tensor) -> None:

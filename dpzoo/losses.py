@@ -232,6 +232,16 @@ def with_loss_per_sample(output: Output, losses: torch.Tensor | None) -> Output:
     return output
 
 
+class RowLosses:
+    """The criterion of rows' losses, (rows,), as the engines take one."""
+
+    reduction = "mean"
+
+    def __call__(self, losses: torch.Tensor) -> torch.Tensor:
+        """The losses, or their mean; 0 without rows."""
+        return losses if self.reduction == "none" else losses.sum() / max(len(losses), 1)
+
+
 class ModelLoss:
     """The criterion that takes a model's outputs: one line for every head and every Opacus mode.
 

@@ -1,6 +1,7 @@
 """Checkpoints in and out: every layout that transformers reads, and stock checkpoints written."""
 
 import http.server
+import io
 import json
 import shutil
 import threading
@@ -765,6 +766,19 @@ def test_list_models_is_the_whole_registry() -> None:
         assert not issubclass(cls, stock)
     listed["bert"].clear()
     assert dpzoo.list_models()["bert"], "the caller got the registry itself"
+
+
+@pytest.mark.parametrize("place", [io.BytesIO(), 7, ["a"]])
+def test_what_is_no_path_is_named(place: Any) -> None:
+    model = dpzoo.from_config(tiny_config("BertModel"), task="base")
+    for name, call in (
+        ("from_pretrained", dpzoo.from_pretrained),
+        ("from_pretrained", dpzoo.BertModel.from_pretrained),
+        ("save_pretrained", model.save_pretrained),
+        ("The recipe", dpzoo.train),
+    ):
+        with pytest.raises(dpzoo.InputError, match=f"^{name} got a {type(place).__name__}, wanted"):
+            call(place)
 
 
 # --- a real checkpoint --------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpzoo.auditing.record import Record
-from dpzoo.opacus_internals import norms_of_rows
+from dpzoo.opacus_internals import STEP_STATE, norms_of_rows
 
 STEPS = 2
 MOST_BATCHES = 16
@@ -35,6 +35,8 @@ def observe(
     accountant = getattr(loop.accountant, "history", None)
     history = copy.deepcopy(accountant)
     schedule = copy.deepcopy(scheduler.state_dict()) if scheduler is not None else None
+    # The last batch is read and not stepped; a BatchMemoryManager has announced it.
+    skips = {name: copy.copy(vars(optimizer).get(name)) for name in STEP_STATE}
     pre_step, handles = optimizer.pre_step, []
     hooked = "pre_step" in vars(optimizer)
 
@@ -82,6 +84,7 @@ def observe(
                 p.copy_(old)
             for buffer, old in buffers:
                 buffer.copy_(old)
+        vars(optimizer).update(skips)
         optimizer.zero_grad()
         for p in parameters:
             p.grad = None

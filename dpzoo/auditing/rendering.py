@@ -1,7 +1,8 @@
-"""The report as text: laid out by rich where that is installed, plain otherwise."""
+"""The report as text: laid out by rich on a terminal and in a notebook, plain otherwise."""
 
 import io
 import shutil
+import sys
 import textwrap
 
 from dpzoo.auditing.findings import CheckResult, Finding
@@ -14,10 +15,8 @@ def render(
     head: str, remarks: list[str], results: list[CheckResult], findings: list[Finding]
 ) -> str:
     """The report as text: a line for each check, then every finding with its remedy."""
-    try:
-        return _rich(head, remarks, results, findings)
-    except ImportError:
-        return _plain(head, remarks, results, findings)
+    seen = sys.stdout.isatty() or "ipykernel" in sys.modules
+    return (_rich if seen else _plain)(head, remarks, results, findings)
 
 
 def summary(result: CheckResult) -> str:

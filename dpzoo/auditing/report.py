@@ -24,7 +24,7 @@ class AuditFailedError(DpzooError):
 class AuditReport:
     """The outcome of `dpzoo.audit` or `dpzoo.audit_loop`.
 
-    ``print(report)`` gives a table (laid out by rich, where that is installed).
+    ``print(report)`` gives a table (laid out by rich on a terminal).
 
     Args:
         model: the class of what was audited.

@@ -1,10 +1,9 @@
-"""The command line: ``dpzoo list | convert | audit | bench | train``.
+"""The command line: ``dpzoo list | train | convert | audit | bench``.
 
-Each command is a module with ``add_parser(commands)``, which describes it and sets ``run``, and
-``run(options)``, which returns the exit status. It is imported when it is called: torch takes seconds.
+Each command is a module with ``Options``, a dataclass that typer reads, ``EPILOG``, the end of its help,
+and ``run(options)``, which returns the exit status. It is imported when it is called: torch takes seconds.
 """
 
-import argparse
 import io
 import os
 import signal
@@ -14,6 +13,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
 
 from dpzoo.cli.output import print_json
 from dpzoo.errors import DpzooError
@@ -26,27 +29,28 @@ COMMANDS = {
     "audit": "prove that a model's private training is right",
     "bench": "measure what a private step costs",
 }
-"""Command -> what the program's help says of it; the module says the same."""
+"""Command -> what the program's help says of it."""
 
 EPILOG = """\
 exit status:
   0  fine
-  1  a check failed: the model, the checkpoint or the figures are not as they should be
-  2  the command could not run: its arguments, a missing file, a class that dpzoo does not have
+  1  a check failed: the model, the checkpoint or the figures are not as they
+     should be
+  2  the command could not run: its arguments, a missing file, a class that
+     dpzoo does not have
   130  interrupted; 143 and 129: ended by SIGTERM, SIGHUP
 
 what goes where:
-  results go to standard output, as tables on a terminal and as plain aligned text elsewhere, or as JSON
-  with --json, {"ok": false, "error": ...} where the command could not run; progress and complaints go to
-  standard error. Tables and progress bars want rich
-  (pip install 'dpzoo[cli]'); without it they are plain text too.
+  results go to standard output, as tables on a terminal and as plain aligned
+  text elsewhere, or as JSON with --json, {"ok": false, "error": ...} where the
+  command could not run; progress and complaints go to standard error
 
 examples:
-  dpzoo list                                      what dpzoo has
-  dpzoo train reviews.tsv --epsilon 3             a private model of a file of texts
-  dpzoo convert bert-base-uncased bert-base       any checkpoint to a verified safetensors one
+  dpzoo list                                  what dpzoo has
+  dpzoo train reviews.tsv --epsilon 3         a private model of a file's texts
+  dpzoo convert bert-base-uncased bert-base   any checkpoint, verified
   dpzoo audit bert-base --task sequence-classification
-  dpzoo bench bert-base --modes ghost,bk          what privacy costs in time and memory
+  dpzoo bench bert-base --modes ghost,bk      what privacy costs
 """
 
 
@@ -73,14 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # of a locale without our characters
     try:
         with _signals():
-            options = parser(words).parse_args(words)
-            status: int = options.run(options)
+            options = parse(words)
+            status: int = import_module(type(options).__module__).run(options)
             sys.stdout.flush()
             return status
-    except SystemExit as stop:
-        if stop.code == 2:
-            _fail("its arguments do not parse; see standard error", words, said=True)
-        raise
+    except typer.Exit as stop:
+        sys.stdout.flush()
+        raise SystemExit(stop.exit_code) from None
+    except typer.TyperException as error:
+        context: Any = getattr(error, "ctx", None)  # of the command whose arguments are wrong
+        sys.stderr.write(f"{context.get_usage()}\n")
+        text = f"{error.format_message().rstrip('.')}. See {context.command_path} --help."
+        raise SystemExit(_fail(text, words)) from None
     except BrokenPipeError:  # the reader went away, as head does: there is nobody to complain to
         _drop_output()
         return 0
@@ -95,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{type(error).__name__}, which is an error in dpzoo: please report it", words)
 
 
-def _fail(text: str, words: Sequence[str], status: int = 2, *, said: bool = False) -> int:
+def _fail(text: str, words: Sequence[str], status: int = 2) -> int:
     """Say why there is no result, and return the status."""
     try:
         if "--json" in words:
@@ -103,8 +111,7 @@ def _fail(text: str, words: Sequence[str], status: int = 2, *, said: bool = Fals
         sys.stdout.flush()
     except OSError:  # standard output is full or gone
         _drop_output()
-    if not said:
-        sys.stderr.write(f"dpzoo: {text}\n")
+    sys.stderr.write(f"dpzoo: {text}\n")
     return status
 
 
@@ -142,25 +149,58 @@ def _signals() -> Iterator[None]:
             signal.signal(number, old)
 
 
-def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of ``dpzoo``.
+class _LaidOut:
+    epilog: str | None
 
-    Args:
-        words: what it is going to parse; only the command among them is imported. None for all commands.
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        text, self.epilog = self.epilog, None  # which would be wrapped, or read as markup
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+        formatter.write(f"\n{text}")
+
+
+class _Command(_LaidOut, TyperCommand):
+    pass
+
+
+class _Program(_LaidOut, TyperGroup):
+    pass
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"dpzoo {__version__}\n")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show it and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Transformers that train with differential privacy, from stock checkpoints and back."""
+
+
+def parse(words: Sequence[str]) -> Any:
+    """What the words ask for, as the ``Options`` of the command's module; no other command is imported.
+
+    Raises:
+        typer.TyperException: they do not parse.
+        typer.Exit: help or the version was asked for, and was printed.
     """
-    whole = argparse.ArgumentParser(
-        prog="dpzoo",
-        description="Transformers that train with differential privacy, from stock checkpoints and back.",
+    app = typer.Typer(
+        cls=_Program,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        rich_markup_mode="rich" if sys.stdout.isatty() else None,
     )
-    whole.add_argument("--version", action="version", version=f"dpzoo {__version__}")
-    commands = whole.add_subparsers(
-        required=True, metavar="command", description="dpzoo COMMAND --help says more about each"
-    )
+    app.callback()(_program)
     for name, text in COMMANDS.items():
-        if words is None or name in words:
-            import_module(f"dpzoo.cli.{name}").add_parser(commands)
-        else:
-            commands.add_parser(name, help=text)
-    return whole
+        made: Any = import_module(f"dpzoo.cli.{name}") if name in words else None
+        command = app.command(
+            name, cls=_Command, help=None if made else text, epilog=made and made.EPILOG
+        )
+        command(made.Options if made else lambda: None)
+    program = typer.main.get_command(app)
+    with program.make_context("dpzoo", [*words]) as context:
+        return program.invoke(context)

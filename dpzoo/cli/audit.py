@@ -3,23 +3,25 @@
 The audit itself knows no family; what a class takes as a batch is known by its task.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Annotated, Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from typer import Argument, Option
 
 from dpzoo.auditing import CHECKS, audit
 from dpzoo.auditing.opacus_modes import first_line
 from dpzoo.auditing.own_batch import batch_of
 from dpzoo.auditing.run import QUICK, chosen
-from dpzoo.checkpoints import load, load_class, reading
+from dpzoo.checkpoints import load, load_stock, reading
 from dpzoo.cli.output import print_json, progress
 from dpzoo.conversion import to_transformers
 from dpzoo.errors import DpzooError, InputError, UnsupportedModelError
@@ -47,65 +49,55 @@ AUTO = {
 """Task -> transformers' auto class."""
 
 EPILOG = f"""\
-PATH is a hub id or a folder. A model of dpzoo's families is audited as dpzoo's class, in Opacus' modes
-hooks and ghost and in dpzoo's bk; any other architecture as the stock class that it is, in bk, with the
-rows' losses by dpzoo.ModelLoss. The batch is made from the config, unless --data gives rows.
+PATH is a hub id or a folder. A model of dpzoo's families is audited as dpzoo's
+class, in Opacus' modes hooks and ghost and in dpzoo's bk (--modes); any other
+architecture as the stock class that it is, in bk, with the rows' losses by
+dpzoo.ModelLoss. The batch is made from the config, unless --data gives rows.
 
 verdict:
-  A finding of severity privacy (the guarantee does not hold), crash (training stops) or utility (what is
-  trained is not what was meant) fails the audit; a note does not. The table says ok or FAILED,
-  report.ok, report.raise_if_failed() and the exit status say the same.
-  "largest error" is the largest that a check measured, passed or not: relative to the gradient's
-  largest entry, or, for what a row moves the clipped sum by, in clipping norms C: 1 is what it may.
+  A finding of severity privacy (the guarantee does not hold), crash (training
+  stops) or utility (what is trained is not what was meant) fails the audit; a
+  note does not. The table says ok or FAILED, report.ok,
+  report.raise_if_failed() and the exit status say the same. "largest error" is
+  the largest that a check measured, passed or not: relative to the gradient's
+  largest entry, or, for what a row moves the clipped sum by, in clipping norms
+  C: 1 is what it may.
 
 exit status:
   0  ok
   1  the audit failed
-  2  it could not run: a checkpoint that cannot be read, an option, rows that make no batch. With --json,
-     standard output is {{"ok": false, "error": "..."}}
+  2  it could not run: a checkpoint that cannot be read, an option, rows that
+     make no batch. With --json, standard output is
+     {{"ok": false, "error": "..."}}
 
---quick is for a look: checks {", ".join(QUICK)}, mode bk, 3 rows.
+--quick is for a look, in mode bk with 3 rows, and with the checks
+{fill(", ".join(QUICK), 78)}.
 
 examples:
   dpzoo audit bert-base-uncased --task sequence-classification
-  dpzoo audit Qwen/Qwen2.5-0.5B --quick          any architecture of transformers
-  dpzoo audit bert-base-uncased --stock          what is wrong with the class as transformers has it
-  dpzoo audit ./checkpoint --data rows.tsv       rows of your own, through the checkpoint's tokenizer
+  dpzoo audit Qwen/Qwen2.5-0.5B --quick        any architecture of transformers
+  dpzoo audit bert-base-uncased --stock        what is wrong with stock
+  dpzoo audit ./checkpoint --data rows.tsv     rows of your own
   dpzoo audit ./checkpoint --checks coverage,exactness --modes ghost --json
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Describe the command."""
-    command = commands.add_parser(
-        "audit",
-        help="prove that a model's private training is right",
-        description="Check a model's per-sample gradients, norms, isolation, noise and more.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("model", metavar="PATH", help="a hub id or a folder with a checkpoint")
-    command.add_argument("--task", help="dpzoo's name of the task; by default the checkpoint's")
-    command.add_argument(
-        "--stock", action="store_true", help="audit the stock transformers class instead"
-    )
-    command.add_argument(
-        "--data", type=Path, help="rows of a TAB-separated file: text, and a class if there is one"
-    )
-    command.add_argument(
-        "--modes",
-        help=f"of {','.join(MODES)}; by default hooks,ghost,bk or, for others' classes, bk",
-    )
-    command.add_argument("--checks", help=f"of {','.join(CHECKS)}; all by default")
-    command.add_argument("--quick", action="store_true", help="fewer checks and rows, mode bk")
-    command.add_argument(
-        "--max-grad-norm", default="1.0", metavar="C", help="the clipping norm C (1)"
-    )
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
-    command.set_defaults(run=run)
+@dataclass
+class Options:
+    """Check a model's per-sample gradients, norms, isolation, noise and more."""
+
+    model: Annotated[str, Argument(metavar="PATH", help="a hub id or a folder with a checkpoint")]
+    task: Annotated[str | None, Option(help="dpzoo's name; by default the checkpoint's")] = None
+    stock: Annotated[bool, Option("--stock", help="audit transformers' own class instead")] = False
+    data: Annotated[Path | None, Option(help="TAB-separated rows: text, and maybe a class")] = None
+    modes: Annotated[str | None, Option(help=f"of {', '.join(MODES)}; see below")] = None
+    checks: Annotated[str | None, Option(help=f"of {', '.join(CHECKS)}; all by default")] = None
+    quick: Annotated[bool, Option("--quick", help="fewer checks and rows, mode bk")] = False
+    max_grad_norm: Annotated[str, Option(metavar="C", help="the clipping norm C")] = "1.0"
+    json: Annotated[bool, Option("--json", help="print the report as JSON")] = False
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Audit and print the report; 0 if it is ok, 1 if not."""
     # What is wrong with the options is said before anything is loaded.
     modes = options.modes.split(",") if options.modes is not None else None
@@ -178,19 +170,7 @@ def _load(name: str, task: str | None) -> Any:
     if _is_ours(config, task):
         model: Any = load(name, task)
     else:
-        model, report = load_class(_stock(config, name, task), name, config)
-        prefix = f"{model.base_model_prefix}."
-        has_head = any(key.startswith(prefix) for key in model.state_dict())
-        lost = sorted(
-            key
-            for key in report["missing_keys"]
-            if (key.startswith(prefix) or not has_head) and "pooler" not in key
-        )
-        if lost:
-            raise InputError(
-                f"{name} lacks {len(lost)} of {type(model).__name__}'s parameters below its head "
-                f"({lost[0]}, ...), which would be random. Wanted a whole checkpoint."
-            )
+        model = load_stock(_stock(config, name, task), name, config)
     broken = [key for key, value in model.named_parameters() if not bool(value.isfinite().all())]
     if broken:
         raise InputError(
@@ -227,7 +207,7 @@ def _stock(config: PreTrainedConfig, name: str, task: str | None) -> Any:
     return found
 
 
-def _texts(options: argparse.Namespace) -> dict[str, torch.Tensor] | None:
+def _texts(options: Options) -> dict[str, torch.Tensor] | None:
     """The first rows of the data file, tokenized; None without one."""
     if options.data is None:
         return None

@@ -1,33 +1,37 @@
 """``dpzoo bench``: what a private step costs, in time and memory."""
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Annotated, Any, Literal
 
 import torch
+from typer import Argument, Option
 
 from dpzoo.bench import BASELINE, MODES, SETTINGS, Workload, bench
 from dpzoo.bench.profiling import profile
 from dpzoo.bench.report import refuse_plot
 from dpzoo.bench.runner import pieces
-from dpzoo.bench.workload import DTYPES, OPTIMIZERS, PRESETS
+from dpzoo.bench.workload import PRESETS
 from dpzoo.cli.output import print_json, print_table, progress
 from dpzoo.errors import InputError
 from dpzoo.files import write_text
 
+Dtype = Literal["float32", "bfloat16"]
 EPILOG = f"""\
 presets (random weights; nothing is downloaded):
-  {", ".join(PRESETS)}
+{fill(", ".join(PRESETS), 78, initial_indent="  ", subsequent_indent="  ")}
 
 settings:
-  gradient   forward, backward, clipping and the optimizer's update, without noise
+  gradient   forward, backward, clipping and the optimizer's update, no noise
   step       the same with noise
-  amortized  one physical batch of a logical one that is noised once; see --every
+  amortized  one physical batch of a logical one, which is noised once: --every
 
-How it is measured: the modes run in turns, step by step, in one process; a figure is the median over
-pairs of steps that ran next to each other, as a multiple of the step without privacy. Peak memory is
-that of a fresh process for each mode, less what Python and the libraries take. Keep the machine idle.
+How it is measured: the modes run in turns, step by step, in one process; a
+figure is the median over pairs of steps that ran next to each other, as a
+multiple of the step without privacy. Peak memory is that of a fresh process for
+each mode, less what Python and the libraries take. Keep the machine idle.
 
 exit status:
   0  measured; a mode that cannot run the model is in the table with its reason
@@ -35,49 +39,42 @@ exit status:
 
 examples:
   dpzoo bench roberta-base --layers 4 --batch 8 --seq 128
-  dpzoo bench roberta-base --layers 4 --shapes 8x128,32x32,4x256,2x512 --modes bk
+  dpzoo bench roberta-base --layers 4 --shapes 8x128,32x32,4x256 --modes bk
   dpzoo bench gpt2 --layers 4 --modes hooks,ghost,bk --json
-  dpzoo bench bert-base --batch 8 --seq 32,64,128,256 --settings step --plot growth.png
+  dpzoo bench bert-base --seq 32,64,128,256 --settings step --plot growth.png
   dpzoo bench ./checkpoint --device cuda --dtype bfloat16
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Describe the command."""
-    command = commands.add_parser(
-        "bench",
-        help="measure what a private step costs",
-        description="Time and peak memory of training steps, as multiples of the non-private one.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = command.add_argument
-    add("model", help="a preset, a class of dpzoo, a hub id or a folder")
-    add("--task", help="dpzoo's name of the task; by default the preset's or the checkpoint's")
-    add("--layers", type=int, help="layers in the place of the preset's")
-    add("--lora", type=int, default=0, metavar="RANK", help="train LoRA adapters alone")
-    add("--batch", default="8", metavar="ROWS[,...]", help="rows of a physical batch (8)")
-    add("--seq", default="128", metavar="TOKENS[,...]", help="tokens of a row (128)")
-    add("--shapes", metavar="ROWSxTOKENS[,...]", help="in the place of --batch and --seq")
-    add("--modes", default="hooks,ghost,bk", help=f"of {','.join(MODES)}")
-    add("--settings", default=",".join(SETTINGS), help=f"of {','.join(SETTINGS)}")
-    add("--every", type=int, default=8, help="physical batches of a logical one, amortized (8)")
-    add("--steps", type=int, default=7, help="timed steps of each mode and setting (7)")
-    add("--warmup", type=int, default=2, help="steps before those (2)")
-    add("--processes", type=int, default=3, help="of which peak memory is the middle; 0: none (3)")
-    add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd")
-    add("--dtype", choices=DTYPES, default="float32", help="bfloat16: under autocast")
-    add("--device", help="cpu, cuda, ...; by default cuda where there is one")
-    add("--threads", type=int, help="of the CPU; by default torch's choice")
-    add(
-        "--plot", type=Path, metavar="FILE", help="draw the growth of the ratios (.png, .svg, .pdf)"
-    )
-    add("--profile", type=Path, metavar="FILE", help="write torch.profiler's tables of a step")
-    add("--json", action="store_true", help="print everything as JSON")
-    command.set_defaults(run=run)
+@dataclass
+class Options:
+    """Time and peak memory of training steps, as multiples of the non-private one."""
+
+    model: Annotated[
+        str, Argument(metavar="MODEL", help="a preset, a class of dpzoo, a hub id or a folder")
+    ]
+    task: Annotated[str | None, Option(help="dpzoo's name; by default the model's")] = None
+    layers: Annotated[int | None, Option(help="layers in the place of the preset's")] = None
+    lora: Annotated[int, Option(metavar="RANK", help="train LoRA adapters alone; 0: do not")] = 0
+    batch: Annotated[str, Option(metavar="ROWS,...", help="rows of a physical batch")] = "8"
+    seq: Annotated[str, Option(metavar="TOKENS,...", help="tokens of a row")] = "128"
+    shapes: Annotated[str | None, Option(metavar="ROWSxTOKENS,...", help="instead of both")] = None
+    modes: Annotated[str, Option(help=f"of {', '.join(MODES)}")] = "hooks,ghost,bk"
+    settings: Annotated[str, Option(help="what is timed")] = ",".join(SETTINGS)
+    every: Annotated[int, Option(help="physical batches of a logical one, amortized")] = 8
+    steps: Annotated[int, Option(help="timed steps of each mode and setting")] = 7
+    warmup: Annotated[int, Option(help="steps before those")] = 2
+    processes: Annotated[int, Option(help="of which peak memory is the middle; 0: none")] = 3
+    optimizer: Annotated[Literal["adamw", "sgd"], Option()] = "sgd"
+    dtype: Annotated[Dtype, Option(help="bfloat16: under autocast")] = "float32"
+    device: Annotated[str | None, Option(help="by default cuda where there is one")] = None
+    threads: Annotated[int | None, Option(help="of the CPU; by default torch's choice")] = None
+    plot: Annotated[Path | None, Option(help="draw the ratios' growth (.png, .svg, .pdf)")] = None
+    profile: Annotated[Path | None, Option(help="write torch.profiler's tables of a step")] = None
+    json: Annotated[bool, Option("--json", help="print everything as JSON")] = False
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Measure; returns the exit status."""
     if options.threads is not None:
         torch.set_num_threads(_number(str(options.threads), "--threads"))
@@ -127,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
+def shapes(options: Options) -> list[tuple[int, int]]:
     """(rows, tokens) of each workload.
 
     Raises:

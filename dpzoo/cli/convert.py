@@ -1,15 +1,15 @@
 """``dpzoo convert``: any checkpoint of the four families to a verified stock safetensors one."""
 
-import argparse
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
+from typer import Argument, Option
 
 from dpzoo.checkpoints import reading, some
 from dpzoo.cli.output import Say, print_json, print_table, progress
@@ -17,39 +17,40 @@ from dpzoo.errors import InputError
 from dpzoo.files import whole_folder
 from dpzoo.parity import Parity, convert_checkpoint
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 """Files that the tokenizers of the four families are made of, one of which each has."""
 
 EPILOG = """\
-SRC is a hub id or a folder; whatever transformers reads is read: safetensors, pytorch_model.bin, shards,
-old key names. OUT is a folder with config.json, model.safetensors, the generation config if there is one,
-and the tokenizer. transformers loads it without dpzoo. Nothing else is copied (model card, pooling
-settings of sentence encoders).
+SRC is a hub id or a folder; whatever transformers reads is read: safetensors,
+pytorch_model.bin, shards, old key names. OUT is a folder with config.json,
+model.safetensors, the generation config if there is one, and the tokenizer.
+transformers loads it without dpzoo. Nothing else is copied (model card,
+pooling settings of sentence encoders).
 
 Compared before OUT appears, and shown as a table:
   parameters   stock, dpzoo and written ones are equal bit by bit
   config       stock and written one are equal, field by field
-  outputs      stock from SRC, dpzoo, and stock from OUT, hidden states included, on one padded batch of
-               random tokens, in float64 (float32 beyond 400 million parameters)
-  gradients    of every row's loss: the row alone in stock, the row in its batch in dpzoo
-That takes memory for three models and two gradients in that dtype: 40 bytes a parameter, 20 beyond 400
-million. OUT is written beside its place and renamed at the end: if a comparison fails there is no OUT, and
-whenever it is stopped, what was there before is there still.
+  outputs      stock from SRC, dpzoo, and stock from OUT, hidden states
+               included, on one padded batch of random tokens, in float64
+               (float32 beyond 400 million parameters)
+  gradients    of every row's loss: the row alone in stock, the row in its batch
+               in dpzoo
+That takes memory for three models and two gradients in that dtype: 40 bytes a
+parameter, 20 beyond 400 million. OUT is written beside its place and renamed at
+the end: if a comparison fails there is no OUT, and whenever it is stopped, what
+was there before is there still.
 
-A new head for --task is random, from a fixed seed. SRC must have everything that the class has that it was
-saved from, with finite values; --fresh makes what it lacks random too. What is random is listed, and so are
-the weights of SRC that the class does not have, which OUT does not have either.
+A new head for --task is random, from a fixed seed. SRC must have everything
+that the class has that it was saved from, with finite values; --fresh makes
+what it lacks random too. What is random is listed, and so are the weights of
+SRC that the class does not have, which OUT does not have either.
 
 exit status:
   0  OUT was written, and everything is equal
   1  a comparison failed; nothing was written
-  2  it could not run: SRC cannot be read, OUT exists, dpzoo does not have the class
+  2  it could not run: SRC cannot be read, OUT exists, dpzoo does not have the
+     class
 
 examples:
   dpzoo convert bert-base-uncased ./bert
@@ -59,33 +60,21 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Describe the command."""
-    command = commands.add_parser(
-        "convert",
-        help="write a verified stock safetensors checkpoint",
-        description="Load a checkpoint, send it through dpzoo, prove that nothing changed, write it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("source", metavar="SRC", help="a hub id or a folder with a checkpoint")
-    command.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
-    command.add_argument("--task", help="dpzoo's name of the task; by default the checkpoint's")
-    command.add_argument(
-        "--family", help="of an old checkpoint whose config.json has no model_type"
-    )
-    command.add_argument(
-        "--dtype", choices=DTYPES, help="of the written weights; by default as stored"
-    )
-    command.add_argument(
-        "--fresh", action="store_true", help="take a SRC that lacks parameters; OUT has random ones"
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
-    command.add_argument("--json", action="store_true", help="print the figures as JSON")
-    command.set_defaults(run=run)
+@dataclass
+class Options:
+    """Load a checkpoint, send it through dpzoo, prove that nothing changed, write it."""
+
+    source: Annotated[str, Argument(metavar="SRC", help="a hub id or a folder with a checkpoint")]
+    target: Annotated[Path, Argument(metavar="OUT", help="the folder to write")]
+    task: Annotated[str | None, Option(help="dpzoo's name; by default the checkpoint's")] = None
+    family: Annotated[str | None, Option(help="where config.json has no model_type")] = None
+    dtype: Annotated[Dtype | None, Option(help="of OUT's weights; by default as stored")] = None
+    fresh: Annotated[bool, Option("--fresh", help="random parameters where SRC lacks some")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="replace a checkpoint at OUT")] = False
+    json: Annotated[bool, Option("--json", help="print the figures as JSON")] = False
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Convert and print the figures; 1, and no OUT, if they are not what they should be.
 
     Raises:
@@ -99,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
             folder,
             task=options.task,
             family=options.family,
-            dtype=DTYPES.get(options.dtype),
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
             fresh=options.fresh,
             say=say,
         )

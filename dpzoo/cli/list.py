@@ -1,10 +1,11 @@
 """``dpzoo list``: families, tasks, classes, public checkpoints, and the stock architectures verified."""
 
-import argparse
 import difflib
 import sys
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
 
 from dpzoo.catalogue import Checkpoint, catalogue, quirks
 from dpzoo.cli.output import fits, print_json, print_table
@@ -16,22 +17,25 @@ from dpzoo.registry import FAMILIES, TASKS, list_models, model_class
 WIDE = 150
 """Columns of a terminal that the wide tables take; a narrower one gets less of them."""
 
-TOPICS = ("families", "tasks", "classes", "catalogue", "quirks", "architectures")
+Topic = Literal["families", "tasks", "classes", "catalogue", "quirks", "architectures"]
 
 EPILOG = """\
 topics:
   families   how many classes and checkpoints each has
   tasks      what --task takes, and the class of each family that does it
   classes    the same, a line for each class
-  catalogue  well-known public checkpoints: class, sizes, parameters, quirks of their key layouts
+  catalogue  well-known public checkpoints: class, sizes, parameters, quirks of
+             their key layouts
   quirks     what those quirks are
   architectures
-             stock models of transformers, as they are: which modes give exact gradients for each, as
-             verified by `python -m dpzoo.families`; here --family is a model_type (llama, say)
+             stock models of transformers, as they are: which modes give exact
+             gradients for each, as verified by `python -m dpzoo.families`;
+             here --family is a model_type (llama, say)
   Without a topic: tasks and catalogue.
 
-  The catalogue is what has been looked up, not what is supported: any checkpoint of the four families
-  can be loaded. A class in brackets is the family's base class, where the checkpoint's own is not known.
+  The catalogue is what has been looked up, not what is supported: any
+  checkpoint of the four families can be loaded. A class in brackets is the
+  family's base class, where the checkpoint's own is not known.
 
 exit status:
   0  listed
@@ -46,25 +50,17 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Describe the command."""
-    command = commands.add_parser(
-        "list",
-        help="show families, tasks, classes and known checkpoints",
-        description="Show what dpzoo has, and the public checkpoints that it knows of.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("topic", nargs="?", choices=TOPICS, help="by default tasks and catalogue")
-    command.add_argument("--family", help=f"only this family: {', '.join(FAMILIES)}")
-    command.add_argument("--task", help="only what does this task")
-    command.add_argument(
-        "--json", action="store_true", help="print JSON, an object with a key a topic"
-    )
-    command.set_defaults(run=run)
+@dataclass
+class Options:
+    """Show what dpzoo has, and the public checkpoints that it knows of."""
+
+    topic: Annotated[Topic | None, Argument(help="by default tasks and catalogue")] = None
+    family: Annotated[str | None, Option(help=f"only this one: {', '.join(FAMILIES)}")] = None
+    task: Annotated[str | None, Option(help="only what does this task")] = None
+    json: Annotated[bool, Option("--json", help="print JSON, an object with a key a topic")] = False
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Print what there is.
 
     Raises:

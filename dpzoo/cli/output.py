@@ -1,24 +1,18 @@
 """What the commands share: tables on standard output, progress on standard error.
 
-rich lays out what a person looks at, where it is installed (the extra ``cli``) and the stream is a
-terminal; anything else is plain aligned text, which is what scripts and logs want.
+rich lays out what a person looks at, on a terminal; anything else is plain aligned text, which is what
+scripts and logs want.
 """
 
-import importlib.util
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 Say = Callable[[str], None]
-
-
-def rich_on(stream: TextIO) -> bool:
-    """Whether rich writes to this stream: a terminal, and rich is installed."""
-    return stream.isatty() and importlib.util.find_spec("rich") is not None
 
 
 def fits(columns: int) -> bool:
@@ -55,7 +49,7 @@ def print_table(
         numbers: columns that are aligned to the right.
     """
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    if rich_on(sys.stdout):
+    if sys.stdout.isatty():
         _rich_table(header, cells, title, numbers)
     else:
         sys.stdout.write(plain_table(header, cells, title=title, numbers=numbers) + "\n")
@@ -115,24 +109,7 @@ def progress(total: int | None = None) -> Iterator[Say]:
     """
     if not sys.stderr.isatty():
         yield lambda text: None
-    elif rich_on(sys.stderr):
-        with _rich_progress(total) as say:
-            yield say
-    else:
-        width = shutil.get_terminal_size().columns
-
-        def say(text: str) -> None:
-            sys.stderr.write(f"\r\x1b[K{f'{text} ...'[: width - 1] if text else ''}")
-            sys.stderr.flush()
-
-        try:
-            yield say
-        finally:
-            say("")
-
-
-@contextmanager
-def _rich_progress(total: int | None) -> Iterator[Say]:
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,

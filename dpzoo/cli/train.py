@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import warnings
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, make_dataclass
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
 
 from dpzoo.errors import InputError
 from dpzoo.training import Recipe, train
 from dpzoo.training.data import TASKS
 from dpzoo.training.recipe import TRAINABLE
 
+_WHAT = "Train a model on the rows of a file with differential privacy, and say what it cost."
 EPILOG = """\
-Printed before training: what was guessed of the file, what is trained and why, and the plan: noise, steps,
-sample rate, delta, signal against noise, time and memory. --dry-run stops there.
+Printed before training: what was guessed of the file, what is trained and why,
+and the plan: noise, steps, sample rate, delta, signal against noise, time and
+memory. --dry-run stops there.
 
-OUT is a stock checkpoint with a privacy card (README.md, privacy.json); it may be published. OUT.run has
-checkpoints, losses and the keys of the noise, and may not.
+OUT is a stock checkpoint with a privacy card (README.md, privacy.json); it may
+be published. OUT.run has checkpoints, losses and the keys of the noise, and may
+not.
 
 exit status:
   0  the model was saved; or, with --dry-run, planned
-  2  it could not run: the file, its columns, the model, an option; nothing was released
+  1  the model was saved, and its canaries show more than the accounted epsilon
+  2  it could not run: the file, its columns, the model, an option; nothing was
+     released
 
 examples:
-  dpzoo train reviews.tsv --epsilon 3                    a classifier; the label's column is found
-  dpzoo train reviews.tsv --epsilon 3 --dry-run          only the plan
-  dpzoo train notes.jsonl --task language-modelling --model distilbert/distilgpt2 --out writer
-  dpzoo train rows.csv --text body --label topic --train lora --model roberta-base
-  dpzoo train rows.csv --out topics --resume             after a kill
+  dpzoo train reviews.tsv --epsilon 3             the label's column is found
+  dpzoo train reviews.tsv --epsilon 3 --dry-run   only the plan
+  dpzoo train notes.jsonl --task language-modelling --out writer
+  dpzoo train rows.csv --text body --label topic --train lora
+  dpzoo train rows.csv --out topics --resume      after a kill
 """
 _HELP = {
     "data": "training rows: .tsv, .csv, .jsonl, .parquet, or a folder of datasets; or a recipe (.yaml)",
@@ -53,43 +59,33 @@ _HELP = {
     "max_length": "tokens kept of a row",
     "lora_rank": "of the adapters (8)",
     "heldout_share": "of the rows, without --eval (0.1)",
+    "canaries": "rows more, by which the run bounds its own epsilon from below",
     "seed": "of the split and of new weights; not of the noise",
 }
-_OWN = ("task", "trainable", "header", "statistics", "data")
+_KINDS: dict[str, Any] = {"int": int, "float": float, "str": str}
+_OPTIONS: dict[str, Any] = {
+    "dry_run": Annotated[bool, Option("--dry-run", help="stop after the plan")],
+    "resume": Annotated[bool, Option("--resume", help="go on with the run in OUT.run")],
+    "task": Annotated[Literal[TASKS] | None, Option(help="by default guessed, and said")],
+    "trainable": Annotated[Literal[TRAINABLE] | None, Option("--train", help="chosen, and said")],
+    "header": Annotated[bool | None, Option(help="by default guessed")],
+    "statistics": Annotated[bool, Option("--statistics", help="keep rows' norms (not private)")],
+}
+for _field in fields(Recipe)[1:]:
+    if _field.name in _HELP:
+        _kind = _KINDS[str(_field.type).split(" ")[0]]
+        _OPTIONS[_field.name] = Annotated[_kind | None, Option(help=_HELP[_field.name])]
+Options = make_dataclass(
+    "Options",
+    [
+        ("data", Annotated[str, Argument(metavar="FILE", help=_HELP["data"])]),
+        *((name, kind, None) for name, kind in _OPTIONS.items()),
+    ],
+    namespace={"__module__": __name__, "__doc__": _WHAT},
+)
 
 
-def add_parser(commands: Any) -> None:
-    """Describe the command."""
-    command = commands.add_parser(
-        "train",
-        help="train a model on private text",
-        description="Train a model on the rows of a file with differential privacy, and say what it cost.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("data", metavar="FILE", help=_HELP["data"])
-    command.add_argument("--dry-run", action="store_true", help="stop after the plan")
-    command.add_argument("--resume", action="store_true", help="go on with the run in OUT.run")
-    command.add_argument("--task", choices=TASKS, help="by default guessed, and said")
-    command.add_argument(
-        "--train", dest="trainable", choices=TRAINABLE, help="chosen, and said why"
-    )
-    command.add_argument(
-        "--header", action=argparse.BooleanOptionalAction, help="by default guessed"
-    )
-    command.add_argument(
-        "--statistics", action="store_true", help="keep rows' norms in OUT.run (not private)"
-    )
-    kinds: dict[str, Any] = {"int": int, "float": float, "str": str}
-    for field in fields(Recipe):
-        if field.name not in _OWN:
-            kind = str(field.type).split(" ")[0]
-            option = f"--{field.name.replace('_', '-')}"
-            command.add_argument(option, type=kinds[kind], help=_HELP[field.name])
-    command.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace) -> int:
+def run(options: Any) -> int:
     """Train, and tell on standard output."""
     import transformers
 
@@ -116,5 +112,5 @@ def run(options: argparse.Namespace) -> int:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="opacus")  # how it searches for the noise
-        train(given, dry_run=options.dry_run, resume=options.resume, say=say)
-    return 0
+        run = train(given, dry_run=bool(options.dry_run), resume=bool(options.resume), say=say)
+    return int(run.audit is not None and not run.audit.ok)

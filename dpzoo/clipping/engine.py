@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import warnings
 from typing import Any
 
@@ -39,7 +38,7 @@ from dpzoo.clipping.optimizer import (
 from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader, unit_terms
 from dpzoo.errors import InputError
-from dpzoo.files import whole_file
+from dpzoo.files import path_of, whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
 from dpzoo.poisson import prime_empty_batches
@@ -55,6 +54,7 @@ SPREAD = (
 
 RELEASE_STATE = "dpzoo_release"
 """Key of a checkpoint: the noise's key, the run's name, its steps and the ledger's."""
+BESIDE = "the path of a file: the ledger of the steps that were begun lies beside it"
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -339,7 +339,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         its owner can read it; protect it like the data.
 
         Raises:
-            InputError: the model is under FSDP2.
+            InputError: the model is under FSDP2; the path is none.
             OSError: it could not be written; an older file is unchanged.
         """
         if any(isinstance(p, DTensor) for p in module.parameters()):
@@ -349,6 +349,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "torch.distributed.checkpoint, and keep the steps in a ledger: "
                 "optimizer.release.watched_by(dpzoo.ledger.Ledger(path))."
             )
+        path = path_of(path, "save_checkpoint", BESIDE)
         saved = dict(checkpoint_dict or {})
         release = getattr(optimizer, "release", None)
         if release is not None:
@@ -357,7 +358,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 if isinstance(optimizer, BookKeepingOptimizer)
                 else {"release": release.state()}
             )
-            ledger = release.watched_by(Ledger(f"{os.fspath(path)}.ledger"))
+            ledger = release.watched_by(Ledger(f"{path}.ledger"))
             state["head"] = ledger.head if ledger.path.exists() else None
             saved[RELEASE_STATE] = state
         with whole_file(path, mode=0o600) as part:
@@ -386,6 +387,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             InputError: reading the file would run code, or it is no checkpoint; it has no state of the
                 noise; its ledger is gone or not the one that it was written with.
         """
+        path = path_of(path, "load_checkpoint", BESIDE)
         options = {**(torch_load_kwargs or {}), "weights_only": True}
         try:
             checkpoint: dict[str, Any] = torch.load(path, **options)
@@ -402,7 +404,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ) from error
         state = checkpoint.pop(RELEASE_STATE, None)
         release = getattr(optimizer, "release", None)
-        ledger = Ledger(f"{os.fspath(path)}.ledger")
+        ledger = Ledger(f"{path}.ledger")
         if release is not None:
             if state is None:
                 raise InputError(

@@ -4,6 +4,7 @@
 """
 
 from dpzoo.empirical.canaries import Canaries, Trace
+from dpzoo.empirical.gradient_canaries import GradientCanaries
 from dpzoo.empirical.one_run import Bound, RunReport, audit_run
 
-__all__ = ["Bound", "Canaries", "RunReport", "Trace", "audit_run"]
+__all__ = ["Bound", "Canaries", "GradientCanaries", "RunReport", "Trace", "audit_run"]

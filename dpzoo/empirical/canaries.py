@@ -18,6 +18,27 @@ from dpzoo.example_batch import example_batch
 Collate = Callable[[list[Any]], Any]
 
 
+def thrown(number: int, coins: Any, seed: int | None) -> np.ndarray:
+    """Coins, (number,) of bool: those given, or new ones.
+
+    Raises:
+        InputError: fewer than two; coins of another number.
+    """
+    if number < 2:
+        raise InputError(
+            f"Canaries got {number} rows, wanted at least 2; several hundred bound epsilon well."
+        )
+    if coins is None:
+        source = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
+        coins = source.random(number) < 0.5
+    coins = np.asarray(coins, dtype=bool)
+    if coins.shape != (number,):
+        raise InputError(
+            f"Canaries got coins of shape {coins.shape}, wanted ({number},), one for each row."
+        )
+    return coins
+
+
 class Canaries:
     """Rows that may be in the training data, each with probability 1/2, and what the coins said.
 
@@ -42,19 +63,8 @@ class Canaries:
 
     def __init__(self, rows: Sequence[Any], *, coins: Any = None, seed: int | None = None) -> None:
         self.rows = rows
-        if len(rows) < 2:
-            raise InputError(
-                f"Canaries got {len(rows)} rows, wanted at least 2; several hundred bound epsilon well."
-            )
-        if coins is None:
-            source = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
-            coins = source.random(len(rows)) < 0.5
-        self.coins = np.asarray(coins, dtype=bool)
+        self.coins = thrown(len(rows), coins, seed)
         """(canaries,), True for the rows that are trained on. Keep them: `np.save`."""
-        if self.coins.shape != (len(rows),):
-            raise InputError(
-                f"Canaries got coins of shape {self.coins.shape}, wanted ({len(rows)},), one for each row."
-            )
 
     @classmethod
     def random(

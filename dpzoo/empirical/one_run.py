@@ -19,6 +19,7 @@ from dpzoo.empirical.bounds import (
     independent_lower_bound,
 )
 from dpzoo.empirical.canaries import Canaries
+from dpzoo.empirical.gradient_canaries import GradientCanaries
 from dpzoo.errors import InputError
 
 PARTS = (16, 8, 4, 2)
@@ -175,7 +176,7 @@ class RunReport:
 
 
 def audit_run(
-    canaries: Canaries,
+    canaries: Canaries | GradientCanaries,
     scores: Any,
     *,
     delta: float,
@@ -273,7 +274,7 @@ def _guesses(coins: np.ndarray, scores: Mapping[str, np.ndarray]) -> Iterator[tu
 
 
 def _checked(
-    canaries: Canaries, scores: Any, delta: float, confidence: float
+    canaries: Canaries | GradientCanaries, scores: Any, delta: float, confidence: float
 ) -> dict[str, np.ndarray]:
     named = scores if isinstance(scores, Mapping) else {"score": scores}
     arrays = {str(name): np.asarray(values, dtype=np.float64) for name, values in named.items()}

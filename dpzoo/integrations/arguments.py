@@ -108,8 +108,13 @@ class PrivacyArguments:
 
         Raises:
             InputError: ``target_delta`` is above 1 / rows: a run that publishes a row picked at random
-                would satisfy it.
+                would satisfy it; or there is one row, at whose delta of 1 everything is private.
         """
+        if rows < 2:
+            raise InputError(
+                f"A private run got {rows} rows (or units), wanted at least 2, of which none stands out: "
+                f"with one, delta is 1, and says nothing. Add rows."
+            )
         largest = 1 / rows
         if self.target_delta is None:
             return largest

@@ -54,6 +54,8 @@ class PrivacyCard:
         neighbours: which data sets count as neighbours.
         tuned: which hyper-parameters were chosen, on which data.
         notes: what else bears on the guarantee.
+        measured: what canaries among the units showed (`dpzoo.audit_run`): epsilon_at_least with that
+            confidence, at delta, where epsilon_accounted is accounted; None without canaries.
         versions: package -> version.
     """
 
@@ -71,6 +73,7 @@ class PrivacyCard:
     neighbours: str = "adding or removing one unit"
     tuned: str | None = None
     notes: tuple[str, ...] = ()
+    measured: dict[str, float] | None = None
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> str:
@@ -97,6 +100,7 @@ class PrivacyCard:
             "Unit of privacy": self.unit,
             "Neighbouring data sets": self.neighbours,
             "Epsilon": epsilon,
+            **self._measured(),
             "Delta": f"{rounded_up(self.delta)} (1 / units is {1 / max(self.units, 1):.3g})",
             "Accountant": f"{self.accountant} (Opacus)",
             "Noise multiplier": f"{self.noise_multiplier:.6g} (standard deviation, in units of C)",
@@ -127,6 +131,17 @@ class PrivacyCard:
             f"{_BEGIN}\n## Privacy\n\n{says}\n\n| | |\n|---|---|\n{table}\n\n{covered}\n"
             f"{notes}{chr(10) if notes else ''}{_END}\n"
         )
+
+    def _measured(self) -> dict[str, str]:
+        if self.measured is None:
+            return {}
+        below = math.floor(100 * self.measured["epsilon_at_least"]) / 100
+        return {
+            "Epsilon, measured": f"at least {below:.2f} at delta {self.measured['delta']:.3g}, where "
+            f"{rounded_up(self.measured['epsilon_accounted'])} is accounted; with "
+            f"{self.measured['confidence']:.0%} confidence, by {self.measured['canaries']:.0f} canaries "
+            f"among the units"
+        }
 
     def write(self, folder: str | Path, *, state: bool = True, **metadata: Any) -> None:
         """Write README.md and privacy.json.

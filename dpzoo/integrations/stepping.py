@@ -14,18 +14,9 @@ from dpzoo.clipping import PrivacyEngine
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
+from dpzoo.losses import RowLosses
 from dpzoo.modes import MODES
 from dpzoo.opacus_internals import leave_rows
-
-
-class RowLosses:
-    """The criterion of rows' losses, (rows,), as the engines take one."""
-
-    reduction = "mean"
-
-    def __call__(self, losses: torch.Tensor) -> torch.Tensor:
-        """The losses, or their mean; 0 without rows."""
-        return losses if self.reduction == "none" else losses.sum() / max(len(losses), 1)
 
 
 class PrivateStep:

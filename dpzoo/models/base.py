@@ -23,7 +23,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
 from dpzoo.errors import InputError, UnsupportedModelError
-from dpzoo.files import whole_folder
+from dpzoo.files import path_of, whole_folder
 from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
@@ -206,14 +206,14 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
         Other files of the folder stay; weights of an earlier checkpoint do not.
 
         Raises:
-            InputError: ``save_directory`` is a file.
+            InputError: ``save_directory`` is a file, or no path.
             OSError: it could not be written; the checkpoint that was there before stands.
 
         Guarantees:
             Whenever the process ends, the old checkpoint or the new one is there, whole (see
             `dpzoo.files.whole_folder` for folders with subfolders).
         """
-        place = Path(save_directory)
+        place = Path(path_of(save_directory, "save_pretrained", "the path of a folder"))
         if place.is_file():
             raise InputError(f"save_pretrained got {place}, a file; wanted a folder.")
         saves = getattr(self, "should_save_on_this_rank", lambda main: main)(is_main_process)

@@ -28,6 +28,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from dpzoo.errors import UnsupportedConfigError, UnsupportedModelError
+from dpzoo.files import path_of
 
 _FULL_ATTENTION = "every layer attends to the whole sequence, over a cache of its own"
 _ONE_ROW = "a row of the batch is one sequence: packed ones would be several privacy units"
@@ -196,9 +197,11 @@ def read_fields(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
         **kwargs: `CONFIG_ARGUMENTS`; others are left alone.
 
     Raises:
+        InputError: no text and no path.
         UnsupportedConfigError: as `refuse_sizes`.
         OSError: transformers cannot find or read it.
     """
+    path_of(name_or_path, "from_pretrained", "a hub id or the path of a folder")
     where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
     fields: dict[str, Any] = PreTrainedConfig.get_config_dict(name_or_path, **where)[0]
     refuse_sizes(str(name_or_path), fields)

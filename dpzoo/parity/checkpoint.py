@@ -57,10 +57,10 @@ def convert_checkpoint(
         say("loading with transformers")
         config = read_config(source, family)
         cls = _class_for(config, task, str(source))
-        dtypes = {"dtype": dtype or "auto"}
-        stock, report = _seeded(lambda: load_class(stock_class(cls), source, config, **dtypes))
+        kind: Any = dtype or "auto"
+        stock, report = _seeded(lambda: load_class(stock_class(cls), source, config, dtype=kind))
         say("loading with dpzoo")
-        zoo, _ = _seeded(lambda: load_class(cls, source, config, **dtypes))
+        zoo, _ = _seeded(lambda: load_class(cls, source, config, dtype=kind))
         say("writing")
         zoo.save_pretrained(target)
         say("reading back with transformers")

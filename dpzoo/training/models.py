@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from dpzoo.checkpoints import load_stock
 from dpzoo.errors import DpzooError, InputError
 from dpzoo.heads import output_layer
 from dpzoo.models.fields import read_fields
@@ -54,7 +55,8 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
         task: decides the class and the number of classes.
 
     Raises:
-        InputError: transformers cannot load it, or it is no decoder where one is wanted.
+        InputError: transformers cannot load it; it lacks more than a head for the classes; or it is no
+            decoder where one is wanted.
     """
     classify = task.name == CLASSIFICATION
     scratch = name.endswith(".json")
@@ -91,7 +93,10 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
         if classify:
             config.id2label = dict(enumerate(task.labels))
             config.label2id = {label: i for i, label in enumerate(task.labels)}
-        model = kind.from_config(config) if scratch else kind.from_pretrained(source, config=config)
+        if scratch:
+            model = kind.from_config(config)
+        else:
+            model = load_stock(kind, source, config, new_head=classify)
     except DpzooError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpzoo.errors import InputError
+from dpzoo.files import path_of
 from dpzoo.training.data import CLASSIFICATION, LANGUAGE_MODELLING
 
 TRAINABLE = ("head", "lora", "bias", "all")
@@ -50,6 +51,7 @@ class Recipe:
         heldout_share: chance of a row to be held out, decided by a hash of the row alone.
         seed: of the split and of new weights; not of batches and noise, whose keys are secret.
         statistics: keep rows' norms and clipped shares in OUT.run. Not private.
+        canaries: rows more, by which the run bounds its own epsilon from below (`dpzoo.GradientCanaries`).
 
     Raises:
         InputError: a value out of range.
@@ -80,6 +82,7 @@ class Recipe:
     heldout_share: float = 0.1
     seed: int = 0
     statistics: bool = False
+    canaries: int | None = None
 
     def __post_init__(self) -> None:
         if self.unit is not None and self.trainable == "head":
@@ -98,6 +101,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value!r}, wanted a number above 0.")
+        if self.canaries is not None and self.canaries < 2:
+            raise InputError(
+                f"canaries={self.canaries!r}, wanted at least 2; 500 bound epsilon well."
+            )
         if not 0 < self.heldout_share <= 0.5:
             raise InputError(f"heldout_share={self.heldout_share!r}, wanted above 0, at most 0.5.")
 
@@ -114,7 +121,10 @@ class Recipe:
             import yaml
 
             try:
-                values = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+                wanted = "a Recipe, a mapping of its fields, or the path of a YAML file of them"
+                values = yaml.safe_load(
+                    Path(path_of(given, "The recipe", wanted)).read_text(encoding="utf-8")
+                )
             except (OSError, yaml.YAMLError) as error:
                 raise InputError(f"The recipe {given} cannot be read: {error}") from None
             if not isinstance(values, dict):

@@ -28,6 +28,7 @@ from transformers import (
 
 from dpzoo import heads
 from dpzoo.accounting import epsilon_of
+from dpzoo.empirical import GradientCanaries, RunReport, audit_run
 from dpzoo.errors import InputError
 from dpzoo.files import write_text
 from dpzoo.integrations import DPTrainer, Plan, PrivacyArguments, PrivacyCard, StatisticsCallback
@@ -49,6 +50,11 @@ log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 RECIPE_NAME = "recipe.json"
+CANARIES_NAME = "canaries.npz"
+MEASURED_AT = 1e-5
+"""Delta of the bound by canaries. Their number times it has to be far below 1; 1 / units is too much."""
+NUMBER = "canary"
+"""The column that says which canary a row is."""
 LOG_NAME = "log_not_private.csv"
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _MOST_IN_MEMORY = {"cpu": 64, "cuda": 512}
@@ -64,12 +70,14 @@ class Run:
         folder: of the model; None after a dry run.
         card: its terms; None after a dry run.
         metrics: on the held-out rows. They are in no epsilon, and in no card.
+        audit: what the canaries showed; None without them, and after a dry run.
     """
 
     plan: Plan
     folder: Path | None = None
     card: PrivacyCard | None = None
     metrics: dict[str, float] | None = None
+    audit: RunReport | None = None
 
 
 def train(
@@ -107,19 +115,46 @@ def train(
     _refuse_used(job, resume)
     began = time.monotonic()
     card, model = job.train(resume)
+    report = None if job.canaries is None else _audit(job.canaries, card)
+    if report is not None:
+        measured = {
+            "epsilon_at_least": report["any mechanism"].epsilon,
+            "epsilon_accounted": report.epsilon or 0.0,
+            "delta": report.delta,
+            "confidence": report.confidence,
+            "canaries": report.canaries,
+        }
+        card = replace(card, measured=measured)
+        if not report.ok:
+            card = replace(card, notes=(*card.notes, f"**{str(report).splitlines()[0]}.**"))
     metrics = job.score(model)
     out = Path(recipe.out)
     model.save_pretrained(out)
     job.tokenizer.save_pretrained(out)
     card.write(out, base_model=hub_id(job.name), pipeline_tag=job.pipeline)
     say(f"\nprivacy   {card.statement()}")
+    for line in str(report).splitlines() if report else ():
+        say(f"measured  {line}")
     for name, value in metrics.items():
         say(f"held out  {name} {value:.4g} (not covered by epsilon)")
     say(f"time      {duration(time.monotonic() - began)}")
     say(f"saved     {out}, a stock checkpoint with its privacy card: publish this folder")
     if job.work.exists():
         say(f"private   {job.work}: checkpoints, losses, the noise's keys: never publish it")
-    return Run(plan, out, card, metrics)
+    return Run(plan, out, card, metrics, report)
+
+
+def _audit(canaries: GradientCanaries, card: PrivacyCard) -> RunReport:
+    """What the run's canaries say of its epsilon, at a delta of which they can say something."""
+    delta = min(card.delta, MEASURED_AT)
+    history = ((card.noise_multiplier, card.sample_rate, card.steps),)
+    return audit_run(
+        canaries,
+        {"likelihood": canaries.scores(card.noise_multiplier, card.sample_rate)},
+        delta=delta,
+        epsilon=epsilon_of(card.accountant, history, delta),
+        independent=True,
+    )
 
 
 def _resumed(recipe: Recipe, resume: bool) -> tuple[Recipe, list[str]]:
@@ -193,6 +228,10 @@ class _Job:
         texts_of(self.heldout, task.text)  # is there, or an error before anything is spent
         whose = f" of {self.units:,} {recipe.unit!r}" if recipe.unit else ""
         say(f"split     {self.rows:,} rows{whose} to train on, {len(self.heldout):,} held out")
+        self.canaries = None if recipe.canaries is None else GradientCanaries(recipe.canaries)
+        if self.canaries is not None:
+            self.rows, self.units = self.rows + len(self.canaries), self.units + len(self.canaries)
+            say(f"canaries  {len(self.canaries):,} rows more, by which epsilon is measured")
         if task.label:
             how = "given" if recipe.labels else "as they occur: their set counts as public"
             say(f"classes   {', '.join(task.labels)} ({how})")
@@ -362,7 +401,11 @@ class _Head:
             max_grad_norm=job.clipping_norm,
             feature_norm=self.norm,
             progress=step,
+            canaries=job.canaries,
         )
+        if job.canaries is not None:
+            job.work.mkdir(parents=True, exist_ok=True)
+            job.canaries.save(job.work / CANARIES_NAME)
         card = PrivacyCard(
             epsilon=run.epsilon or 0.0,
             delta=job.delta,
@@ -400,11 +443,26 @@ class _Gradients:
         if job.owners:
             for row, owner in zip(self.encoded, job.owners, strict=True):
                 row[str(job.recipe.unit)] = owner
+        if job.canaries is not None:
+            self._plant(job.canaries)
         collate: Any = (
             DataCollatorWithPadding if job.task.label else DataCollatorForTokenClassification
         )
         self.collate = collate(job.tokenizer)
         self._measure()
+
+    def _plant(self, canaries: GradientCanaries) -> None:
+        """Put the canaries' rows behind the others, which have none in their loss."""
+        canaries.join(self.model)
+        token = self.encoded[0]["input_ids"][0]
+        empty = {name: [0] * 2 for name in self.encoded[0]} | {"input_ids": [token] * 2}
+        empty |= {"attention_mask": [1] * 2, "labels": -100 if self.job.task.label else [-100] * 2}
+        self.encoded = [{**row, NUMBER: canaries.none} for row in self.encoded]
+        for number in range(len(canaries)):
+            row = {**empty, NUMBER: number}
+            if self.job.owners:
+                row[str(self.job.recipe.unit)] = f"\0canary {number}"
+            self.encoded.append(row)
 
     def _measure(self) -> None:
         """The rows in memory at a time, by made-up rows of the greatest length."""
@@ -446,10 +504,11 @@ class _Gradients:
             logging_steps=max(1, steps // _LOGS),
             report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
             disable_tqdm=True,
+            remove_unused_columns=job.canaries is None,
             dataloader_pin_memory=_DEVICE == "cuda",
             seed=recipe.seed,
         )
-        trainer = DPTrainer(
+        trainer = (DPTrainer if job.canaries is None else _AuditedTrainer)(
             model=self.model,
             args=args,
             data_collator=self.collate,
@@ -469,6 +528,9 @@ class _Gradients:
             compute_metrics=_accuracy if job.task.label else None,
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        if job.canaries is not None:
+            scale = logical / job.clipping_norm
+            trainer.add_callback(_Watching(job.canaries, Path(folder) / CANARIES_NAME, scale))
         if recipe.statistics:
             trainer.add_callback(
                 StatisticsCallback(draw=bool(importlib.util.find_spec("matplotlib")))
@@ -508,8 +570,15 @@ class _Gradients:
             job.say(
                 "resumed   there is no checkpoint yet: the run begins again, and has released nothing"
             )
+        if job.canaries is not None:
+            path = job.work / CANARIES_NAME
+            if resume and path.exists():
+                job.canaries.load(path)
+            job.canaries.save(path)
         self.trainer.train(resume_from_checkpoint=going_on or None)
         model: Any = self.trainer.model
+        if job.canaries is not None:
+            job.canaries.leave(model)
         if hasattr(model, "merge_and_unload"):
             model.save_pretrained(Path(job.recipe.out) / "adapter")
             self.metrics = self.trainer.evaluate()
@@ -526,6 +595,30 @@ class _Gradients:
             }
         assert self.before is not None
         return {"loss": self.metrics["eval_loss"], "loss before training": self.before}
+
+
+class _AuditedTrainer(DPTrainer):
+    """`DPTrainer` with canaries among its rows."""
+
+    def _row_losses(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        losses = super()._row_losses(model, inputs)
+        return losses + model.get_submodule("canaries").term
+
+
+class _Watching(TrainerCallback):
+    """Keeps what each step released of the canaries, beside the checkpoints."""
+
+    def __init__(self, canaries: GradientCanaries, path: Path, scale: float) -> None:
+        self.canaries, self.path, self.scale = canaries, path, scale
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.canaries.see(state.global_step, self.scale)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if (
+            control.should_save
+        ):  # before the checkpoint, which may be the last thing that is written
+            self.canaries.save(self.path)
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

@@ -30,12 +30,12 @@ class Loop:
             parameter.requires_grad_(name not in freeze)
         trained = [p for p in self.net.parameters() if p.requires_grad]
         data = TensorDataset(torch.randn(40, 7), torch.randint(0, 5, (40,)))
-        own = options.pop("own", mode == "bk")
+        own, batch = options.pop("own", mode == "bk"), options.pop("batch_size", 8)
         self.engine = (dpzoo.PrivacyEngine if own else PrivacyEngine)(accountant="rdp")
         made = self.engine.make_private(
             module=self.net,
             optimizer=torch.optim.SGD(trained, lr=learning_rate),
-            data_loader=DataLoader(data, batch_size=8, collate_fn=collate),
+            data_loader=DataLoader(data, batch_size=batch, collate_fn=collate),
             criterion=nn.CrossEntropyLoss(reduction=options.get("loss_reduction", "mean")),
             noise_multiplier=1.1,
             max_grad_norm=options.pop("max_grad_norm", 0.7),

@@ -68,6 +68,22 @@ def test_a_loop_of_physical_batches_passes(mode: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_loop_whose_batches_are_all_parts_passes(mode: str, most: int) -> None:
+    """No weight moves in a part, and a draw may have more parts than are looked at."""
+    loop = Loop(mode, max_grad_norm=20.0, batch_size=38)
+    before = _state(loop)
+    with BatchMemoryManager(
+        data_loader=loop.loader, max_physical_batch_size=most, optimizer=loop.optimizer
+    ) as parts:
+        report = audit_loop(loop.model, loop.optimizer, parts, loop.engine, step=loop.step)
+    assert report.ok, str(report)
+    assert not [f for f in report.findings if "moves" in f.message]
+    assert _state(loop)["queue"] == before["queue"] == []
+    assert not loop.optimizer._is_last_step_skipped
+
+
 @pytest.mark.parametrize("most", [None, 2])
 def test_a_loop_of_units_passes(most: int | None) -> None:
     """A trial's draw is of units: all rows of one are taken out."""

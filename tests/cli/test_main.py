@@ -1,7 +1,9 @@
 """The program: version, help that teaches, exit statuses, and a reader that goes away."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 import dpzoo
-from dpzoo.cli import main, parser
+from dpzoo.cli import main, parse
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,8 +57,9 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         line = next(line for line in examples if line.split() == call).strip()
         remark = line.split("   ", 1)[1].split() if "   " in line else []
         words = words[: len(words) - len(remark)] if remark else words
-        options = parser().parse_args(words)
-        assert callable(options.run)
+        assert type(parse(words)).__module__ == f"dpzoo.cli.{words[0]}"
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.isascii()
 
 
 def test_the_programs_help_has_every_command_and_its_statuses(
@@ -66,9 +69,21 @@ def test_the_programs_help_has_every_command_and_its_statuses(
         main(["--help"])
     text = capsys.readouterr().out
     for command in COMMANDS:
-        assert f"\n    {command} " in text
+        assert f"\n  {command} " in text
     assert "1  a check failed" in text
-    assert text == parser().format_help(), "the table of commands says other than their modules"
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.isascii()
+
+
+def test_a_terminal_gets_help_with_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", screen)
+    with pytest.raises(SystemExit):
+        main(["list", "--help"])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert "─" in text
+    assert "jq -r '.catalogue[] | [.id, .parameters] | @tsv'" in text, "examples are no markup"
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
@@ -91,7 +106,22 @@ def test_arguments_that_do_not_parse(words: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert "usage: dpzoo" in capsys.readouterr().err
+    assert "Usage: dpzoo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_gets_a_hint(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {"list": "--famly", "train": "--epsilom", "bench": "--batc"}.get(command, "--tusk")
+    with pytest.raises(SystemExit) as stop:
+        main([command, "x", "y", wrong, "1", "--json"])
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    right = {"list": "--family", "train": "--epsilon", "bench": "--batch"}.get(command, "--task")
+    line = said.err.splitlines()[-1]
+    assert line.startswith(f"dpzoo: No such option: {wrong} (Possible options: ")
+    assert right in line
+    assert line.endswith(f"See dpzoo {command} --help.")
+    assert json.loads(said.out) == {"ok": False, "error": line.removeprefix("dpzoo: ")}
 
 
 def test_an_interruption_is_said_and_has_its_status(
@@ -175,11 +205,10 @@ def test_json_is_json_where_the_arguments_do_not_parse(capsys: pytest.CaptureFix
         main(["bench", "gpt2", "--steps", "many", "--json"])
     assert stop.value.code == 2
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == {
-        "ok": False,
-        "error": "its arguments do not parse; see standard error",
-    }
-    assert "invalid int value: 'many'" in captured.err
+    data = json.loads(captured.out)
+    assert data["ok"] is False
+    assert "'--steps'" in data["error"]
+    assert f"dpzoo: {data['error']}\n" in captured.err
 
 
 @pytest.mark.parametrize(

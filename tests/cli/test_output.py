@@ -1,11 +1,10 @@
-"""Tables and progress: rich on a terminal that has it, plain text everywhere else."""
+"""Tables and progress: rich on a terminal, plain text everywhere else."""
 
 import io
 import sys
 
 import pytest
 
-from dpzoo.cli import output
 from dpzoo.cli.output import plain_table, print_table, progress
 
 HEADER = ("name", "size")
@@ -52,33 +51,12 @@ def test_ids_stay_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert screen.getvalue().count(name) == 2
 
 
-def test_a_terminal_without_rich_gets_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
-    print_table(HEADER, ROWS, title="Title", numbers=("size",))
-    assert screen.getvalue() == PLAIN
-
-
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     with progress() as say:
         say("working")
     assert log.getvalue() == ""
-
-
-def test_progress_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
-    context = progress(total=2)
-    say = context.__enter__()
-    say("working")
-    assert screen.getvalue().endswith("working ...")
-    error = RuntimeError()
-    assert not context.__exit__(RuntimeError, error, None)
-    assert screen.getvalue().endswith("\r\x1b[K"), "the line is cleared, after an error too"
 
 
 def test_progress_with_rich_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,3 +377,114 @@ def test_stock_layout_helper_is_used_on_gpt2() -> None:
     weight = model.h[0].attn.c_proj.weight
     assert weight.shape[0] == weight.shape[1]
     assert not torch.equal(in_stock_layout(model, "h.0.attn.c_proj.weight", weight), weight)
+
+
+# --- found by hand, each once -------------------------------------------------------------------
+
+
+def test_per_layer_clipping_wants_all_that_is_trained_in_the_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    wrapped, _, criterion = dpzoo.PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model[0].parameters(), lr=1.0),
+        criterion=RowLoss(),
+        data_loader=DataLoader(list(range(3)), batch_size=3),
+        noise_multiplier=0.0,
+        max_grad_norm=[0.3, 0.2],
+        clipping="per_layer",
+        loss_reduction="sum",
+        poisson_sampling=False,
+        grad_sample_mode="bk",
+    )[:3]
+    with pytest.raises(
+        dpzoo.InputError, match=r"2.weight and 1 more .* are not in the private opti"
+    ):
+        criterion(wrapped(torch.randn(3, 4, dtype=torch.float64))).backward()
+
+
+def test_a_parameter_that_no_row_reaches_may_be_laid_out_in_any_way() -> None:
+    """Its gradient is the noise, or zero; other parameters are exact beside it."""
+
+    class Unreached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(4, 3)
+            self.turned = nn.Parameter(torch.randn(5, 4).t())
+            self.sliced = nn.Parameter(torch.randn(6, 4)[:, ::2])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Unreached()
+    assert not model.turned.is_contiguous()
+    assert_module_is_exact(model, torch.randn(3, 4, dtype=torch.float64))
+    assert torch.equal(model.turned.grad, torch.zeros(4, 5, dtype=torch.float64))  # type: ignore[arg-type]
+    model = Unreached()
+    wrapped, optimizer, criterion = private(model, 3, noise_multiplier=1.0)
+    criterion(wrapped(torch.randn(3, 4))).backward()
+    optimizer.step()
+    for parameter in (model.turned, model.sliced):
+        assert parameter.grad is not None
+        assert len(set(parameter.grad.flatten().tolist())) == parameter.numel()
+
+
+class Masked(nn.Module):
+    """A layer of one's own with dropout in it, in functions that have a rule and in one that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.mix = nn.Parameter(torch.rand(4) + 1), nn.Parameter(torch.randn(4, 4))
+        self.taps = nn.Parameter(torch.randn(4, 1, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.dropout(x * self.scale, 0.5, training=self.training) @ self.mix
+        hidden = hidden * torch.bernoulli(torch.full_like(hidden, 0.7))
+        return F.conv1d(hidden.transpose(1, 2), F.dropout(self.taps, 0.3), groups=4)
+
+
+def test_dropout_inside_a_layer_of_ones_own_is_exact() -> None:
+    """With one mask, the sum of unclipped rows is autograd's gradient of the summed losses."""
+    torch.manual_seed(0)
+    model, x = Masked().double(), torch.randn(5, 6, 4, dtype=torch.float64)
+    torch.manual_seed(1)
+    RowLoss()(model(x)).backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    wrapped, optimizer, criterion = private(model, 5, max_grad_norm=1e9)
+    torch.manual_seed(1)
+    criterion(wrapped(x)).backward()
+    optimizer.step()
+    assert len(wanted) == 3
+    for name, p in model.named_parameters():
+        assert largest_error(p.grad, wanted[name]) <= 1e-9, name
+
+
+def test_rows_that_are_tuples_a_collator_that_tokenizes_and_an_empty_first_draw() -> None:
+    rows = [(f"row {i}", i % 2) for i in range(30)]
+
+    def collate(some: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        ids = [[1 + ord(c) % 7 for c in text[-3:]] for text, _ in some]
+        return {"x": torch.tensor(ids), "y": torch.tensor([label for _, label in some])}
+
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2))
+    wrapped, optimizer, criterion, loader = dpzoo.PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(rows, batch_size=1, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode="bk",
+    )
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for batch in loader:
+            first = len(batch["x"]) == 0
+            assert batch["x"].shape[1:] == (3,)
+            optimizer.zero_grad()
+            criterion(wrapped(batch["x"]), batch["y"]).backward()
+            optimizer.step()
+            break
+        if first:
+            return
+    pytest.fail("no first draw was empty")

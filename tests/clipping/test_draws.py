@@ -1,5 +1,6 @@
 """One step is one draw: attacks on what the engine trusts, in every mode."""
 
+import io
 import logging
 import math
 import os
@@ -681,6 +682,16 @@ def test_a_checkpoint_that_runs_code_is_refused(
             path="bad.pt", module=run.private, torch_load_kwargs={"weights_only": False}
         )
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("place", [io.BytesIO(), None, 7, b"run.pt"])
+def test_a_checkpoint_has_a_path(place: Any) -> None:
+    """Its ledger lies beside it."""
+    run = Run()
+    kind = type(place).__name__
+    for call in (run.engine.save_checkpoint, run.engine.load_checkpoint):
+        with pytest.raises(InputError, match=f"^{call.__name__} got a {kind}, wanted the path"):
+            call(path=place, module=run.model, optimizer=run.optimizer)
 
 
 def test_a_ledger_that_is_gone_is_missed(tmp_path: Path) -> None:

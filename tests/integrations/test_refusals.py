@@ -66,6 +66,13 @@ def test_delta_is_at_most_one_over_the_rows(start: Any, tmp_path: Path) -> None:
         trainer_of(start, tmp_path, {"target_delta": 0.1})
 
 
+@pytest.mark.parametrize("delta", [None, 1e-5])
+def test_one_row_has_no_delta(delta: float | None) -> None:
+    """1 / rows is 1, at which everything is private: epsilon came out at -2.25, then at 0."""
+    with pytest.raises(dpzoo.InputError, match=r"got 1 rows \(or units\), wanted at least 2"):
+        PrivacyArguments(target_epsilon=1.0, target_delta=delta).delta(1)
+
+
 @pytest.mark.parametrize("given", [None, 8.0])
 def test_privacy_is_asked_for(given: Any, start: Any, tmp_path: Path) -> None:
     with pytest.raises(dpzoo.InputError, match=f"got privacy={given!r}, wanted a PrivacyArguments"):

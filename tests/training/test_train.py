@@ -1,19 +1,26 @@
 """`dpzoo.train` and ``dpzoo train`` on tiny models from scratch: choices, plan, card, resuming."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import dpzoo
+from dpzoo.accounting import epsilon_of
 from dpzoo.cli import main
 from dpzoo.heads import output_layer
 from dpzoo.training import Recipe
 from dpzoo.training import run as module
+from dpzoo.training.data import Task
+from dpzoo.training.models import load
 from dpzoo.training.recipe import choose
 
 
@@ -275,3 +282,150 @@ def test_the_recipes_are_read(path: Path) -> None:
     told = Recipe.of(path)
     assert path.stem.endswith(str(told.trainable))
     assert told.given().keys() >= {"eval", "model", "epochs", "batch_size", "learning_rate"}
+
+
+# --- canaries -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["head", "lora", "bias", "all"])
+def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> None:
+    model = "bert" if trainable == "head" else "gpt2"
+    said: list[str] = []
+    run = dpzoo.train(recipe(folder, model, trainable=trainable, canaries=40), say=said.append)
+    assert run.card is not None
+    assert run.audit is not None
+    assert run.audit.ok
+    assert run.card.units == run.plan.units == 40 + _rows(said)
+    assert run.card.delta == 1 / run.card.units
+    assert run.card.epsilon <= 3.0
+    history = ((run.card.noise_multiplier, run.card.sample_rate, run.card.steps),)
+    assert run.audit.epsilon == epsilon_of("prv", history, 1e-5) > run.card.epsilon
+    saved = json.loads((folder / "out" / "privacy.json").read_text())
+    assert saved["measured"] == {
+        "epsilon_at_least": run.audit["any mechanism"].epsilon,
+        "epsilon_accounted": run.audit.epsilon,
+        "delta": 1e-5,
+        "confidence": 0.95,
+        "canaries": 40,
+    }
+    text = (folder / "out" / "README.md").read_text()
+    assert re.search(
+        r"Epsilon, measured \| at least \d.\d\d at delta 1e-05, where \d+.\d+ is", text
+    )
+    assert any(line.startswith("measured  audit of a run: no bound") for line in said)
+    with np.load(folder / "out.run" / "canaries.npz") as kept:
+        assert (kept["coins"] == run.audit.coins).all()
+        assert len(kept["steps"]) == run.card.steps
+    stock = AutoModelForSequenceClassification.from_pretrained(folder / "out")
+    assert not any("canaries" in name for name in stock.state_dict())
+    weights = load_file(folder / "out" / "model.safetensors")
+    assert not any("canaries" in name for name in weights)
+
+
+@pytest.mark.parametrize("trainable", ["head", "lora", "all"])
+def test_a_canary_is_in_the_steps_that_draw_it(trainable: str, folder: Path) -> None:
+    """Through draw, loss, clipping, sum and noise: C at its entry with the sample rate, or nothing."""
+    model = "bert" if trainable == "head" else "gpt2"
+    told = {"canaries": 300, "epsilon": 8.0, "epochs": 3, "trainable": trainable}
+    run = dpzoo.train(recipe(folder, model, **told, batch_size=60))
+    assert run.card is not None
+    with np.load(folder / "out.run" / "canaries.npz") as kept:
+        coins, seen = kept["coins"], kept["seen"]
+    rate, noise = run.card.sample_rate, run.card.noise_multiplier
+    for coin, mean in ((True, rate), (False, 0.0)):
+        some = seen[:, coins == coin]
+        error = np.sqrt((noise**2 + rate * (1 - rate)) / some.size)
+        assert abs(some.mean() - mean) < 5 * error < 0.15
+        variance = noise**2 + mean * (1 - mean)
+        assert some.var() == pytest.approx(variance, rel=0.25)
+
+
+def _rows(said: list[str]) -> int:
+    """Rows to train on, as they were said."""
+    return int(next(line for line in said if line.startswith("split")).split()[1])
+
+
+def test_nothing_of_a_run_depends_on_the_coins(folder: Path, monkeypatch: Any) -> None:
+    plans = []
+    for coin in (True, False):
+        monkeypatch.setattr(
+            "dpzoo.empirical.gradient_canaries.thrown", lambda n, *_, c=coin: np.full(n, c)
+        )
+        plan = dpzoo.train(recipe(folder, trainable="all", canaries=20), dry_run=True).plan
+        plans.append(replace(plan, seconds=None, memory=None))
+    assert plans[0] == plans[1]
+
+
+def test_canaries_of_a_language_model_by_unit_that_is_killed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"we eat {i}", "user": f"u{i % 40}"} for i in range(120)]
+    (folder / "owned.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = recipe(
+        folder, data=str(folder / "owned.jsonl"), unit="user", text="text", epochs=2,
+        task="language-modelling", canaries=30, physical_batch_size=8,
+    )  # fmt: skip
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Told, "on_step_end", killed, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            dpzoo.train(told)
+    with np.load(folder / "out.run" / "canaries.npz") as kept:
+        coins, first = kept["coins"], dict(zip(kept["steps"], kept["seen"], strict=True))
+    assert first
+    run = dpzoo.train({"data": told["data"], "out": told["out"]}, resume=True)
+    assert run.card is not None
+    assert run.audit is not None
+    assert (run.audit.coins == coins).all()
+    with np.load(folder / "out.run" / "canaries.npz") as kept:
+        assert kept["steps"].tolist() == list(range(run.card.steps))
+        for step, values in first.items():
+            assert (kept["seen"][step] == values).all(), "steps that are done again are the same"
+    assert run.card.unit == "all rows of the training data of one 'user'"
+    transformers.GPT2LMHeadModel.from_pretrained(folder / "out")
+
+
+def test_a_bound_above_the_account_is_said_and_is_status_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = dpzoo.GradientCanaries.scores
+    monkeypatch.setattr(
+        dpzoo.GradientCanaries, "scores", lambda self, *a: scores(self, *a) * 0 + self.coins
+    )
+    words = ["--model", str(folder / "gpt2.json"), "--out", str(folder / "out"), "--epochs", "1"]
+    words += ["--epsilon", "0.5", "--canaries", "60", "--batch-size", "16"]
+    assert main(["train", str(folder / "rows.jsonl"), *words]) == 1
+    assert "measured  audit of a run: FAILED: epsilon is not what" in capsys.readouterr().out
+    assert "**audit of a run: FAILED" in (folder / "out" / "README.md").read_text()
+
+
+# --- the checkpoint that is trained -------------------------------------------------------------
+
+
+def test_only_a_head_may_be_new(folder: Path) -> None:
+    config = transformers.BertConfig(**BERT, num_labels=3, vocab_size=50)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder / "model")
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    tokenizer.save_pretrained(folder / "model")
+    path = folder / "model" / "model.safetensors"
+    whole = load_file(path)
+    task = Task("classification", "text", "label", None, ("n", "p"), "")
+
+    model, _, scratch = load(str(folder / "model"), task)  # a head of 3 classes, for 2
+    assert not scratch
+    assert model.classifier.weight.shape == (2, 16)
+    assert torch.equal(model.bert.pooler.dense.weight, whole["bert.pooler.dense.weight"])
+
+    for gone in ("bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.bias"):
+        save_file({k: v for k, v in whole.items() if k != gone}, path, {"format": "pt"})
+        with pytest.raises(dpzoo.InputError, match=f"lacks 1 of .* below its head .{gone}"):
+            dpzoo.train(recipe(folder, model=str(folder / "model")))
+    wrong = {**whole, "bert.embeddings.word_embeddings.weight": torch.zeros(7, 16)}
+    save_file(wrong, path, {"format": "pt"})
+    with pytest.raises(dpzoo.InputError, match=r"word_embeddings.weight is \(7, 16\), wanted"):
+        dpzoo.train(recipe(folder, model=str(folder / "model")))
