@@ -161,12 +161,18 @@ class Ledger:
             self._read()
             return f"{self._lines}:{self._chain}"
 
-    def require(self, run: str, head: str | None = None) -> None:
+    def create(self) -> None:
+        """Make the file, if there is none: one without entries."""
+        with self._writing():
+            pass
+
+    def require(self, run: str, head: str | None = None, *, begun: bool = True) -> None:
         """Refuse to go on without what a checkpoint relies on.
 
         Args:
             run: a run that the ledger must know.
             head: `head` as it was when the checkpoint was written.
+            begun: False: the run may have no entry, because all its steps are in the checkpoint.
 
         Raises:
             InputError: the file is gone or damaged, has no entry of the run, or is not a continuation of
@@ -180,7 +186,7 @@ class Ledger:
                 )
             self._forget()
             self._read(head)
-            if run not in self._steps:
+            if begun and run not in self._steps:
                 raise InputError(
                     f"The ledger {self.path} has no entry of run {run!r}, only of {sorted(self._steps)}. "
                     f"Copy the ledger from the folder in which the run was begun."

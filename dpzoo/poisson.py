@@ -1,8 +1,12 @@
 """What Poisson sampling needs of a data loader beyond what Opacus gives it."""
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.data_loader import CollateFnWithEmpty
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
@@ -16,6 +20,64 @@ def rows_of(dataset: Any, indices: list[int]) -> list[Any]:
     if hasattr(dataset, "__getitems__"):
         return list(dataset.__getitems__(indices))
     return [dataset[index] for index in indices]
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's global generators from the numbers, and restore them after."""
+    seeds = np.random.SeedSequence(numbers).generate_state(3)
+    before = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        random.seed(int(seeds[0]))
+        np.random.seed(int(seeds[1]))
+        torch.manual_seed(int(seeds[2]))
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def rows_digest(dataset: Any) -> str | None:
+    """A hash of 16 rows, by which ranks see whether they have the same rows in one order.
+
+    None if rows come out differently when they are read again.
+    """
+    last = len(dataset) - 1
+    places = sorted({round(last * k / 15) for k in range(16)}) if last >= 0 else []
+
+    def once() -> str:
+        digest = hashlib.sha256()
+        with seeded(0):
+            for row in rows_of(dataset, places):
+                _enter(digest, row)
+        return digest.hexdigest()[:16]
+
+    first = once()
+    return first if once() == first else None
+
+
+def _enter(digest: Any, value: Any) -> None:
+    """What a row holds, entered into a hash; of other than numbers, texts and their containers the type."""
+    if isinstance(value, Mapping):
+        value = sorted(value.items(), key=repr)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.array(value)) if value.dtype.kind in "biuf" else value.tolist()
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(
+            repr((value.dtype, value.shape)).encode() + plain.view(torch.uint8).numpy().tobytes()
+        )
+    elif isinstance(value, (list, tuple)):
+        digest.update(b"[")
+        for one in value:
+            _enter(digest, one)
+        digest.update(b"]")
+    elif isinstance(value, (str, bytes, int, float, bool)) or value is None:
+        digest.update(repr(value).encode())
+    else:
+        digest.update(type(value).__name__.encode())
 
 
 class LockstepSampler(DistributedUniformWithReplacementSampler):

@@ -46,14 +46,13 @@ class Recipe(recipes.TrainingRecipe):
 class MaskedRows(Rows):
     """Rows that get another mask whenever they are drawn.
 
-    As in BERT: of the chosen tokens 80 % become the mask, 10 % any token, and 10 % stay. Which, is decided
-    by a generator of the row's own, so that it does not depend on who else is in the batch or the data.
+    As in BERT: of the chosen tokens 80 % become the mask, 10 % any token, and 10 % stay. A row's own
+    generator decides, so that nothing depends on who else is in the batch.
 
     Args:
         encoded: input_ids and attention_mask, (rows, seq).
         tokenizer: has a mask token; special tokens are never chosen.
-        share: the probability that a token is chosen; `seed` is that of all masks.
-        fixed: whether a row is masked in the same way every time.
+        share, fixed: the chance that a token is chosen; whether a row always gets the same mask.
     """
 
     def __init__(

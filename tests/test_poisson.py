@@ -1,5 +1,8 @@
 """Loaders for Poisson sampling: the sampler that keeps several processes in step."""
 
+import os
+from typing import Any
+
 import pytest
 import torch
 from opacus.data_loader import DPDataLoader
@@ -7,7 +10,7 @@ from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSample
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpzoo
-from dpzoo.poisson import LockstepSampler
+from dpzoo.poisson import LockstepSampler, rows_digest
 
 ROWS, PROCESSES, RATE = 41, 3, 1 / 20
 
@@ -74,3 +77,19 @@ def test_a_sampler_of_ones_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
         collate_fn=made.collate_fn,
     )
     assert type(dpzoo.prime_empty_batches(own).batch_sampler) is Own
+
+
+def test_a_hash_of_rows_sees_their_order_and_what_they_hold() -> None:
+    rows = [{"input_ids": [i, 2], "x": torch.tensor([i / 3])} for i in range(40)]
+    digests = {
+        rows_digest(each)
+        for each in (rows, rows[::-1], [{**r, "y": 1} for r in rows], rows[:-1], [])
+    }
+    assert len(digests) == 5
+    assert rows_digest([dict(reversed(row.items())) for row in rows]) == rows_digest(rows)
+
+    class Random(list):  # type: ignore[type-arg]
+        def __getitem__(self, i: Any) -> Any:
+            return os.urandom(4)
+
+    assert rows_digest(Random(rows)) is None

@@ -86,8 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(stop.exit_code) from None
     except typer.TyperException as error:
         context: Any = getattr(error, "ctx", None)  # of the command whose arguments are wrong
-        sys.stderr.write(f"{context.get_usage()}\n")
-        text = f"{error.format_message().rstrip('.')}. See {context.command_path} --help."
+        if context is not None:  # an option without its value comes without
+            sys.stderr.write(f"{context.get_usage()}\n")
+        command = context.command_path if context is not None else " ".join(["dpzoo", *words[:1]])
+        text = f"{error.format_message().rstrip('.')}. See {command} --help."
         raise SystemExit(_fail(text, words)) from None
     except BrokenPipeError:  # the reader went away, as head does: there is nobody to complain to
         _drop_output()

@@ -94,7 +94,9 @@ def run(options: Any) -> int:
     except ImportError as error:  # without accelerate
         raise InputError(str(error)) from None
     given = {
-        f.name: v for f in fields(Recipe) if (v := getattr(options, f.name)) not in (None, False)
+        f.name: v
+        for f in fields(Recipe)
+        if (v := getattr(options, f.name)) is not None and v is not False  # 0 is a value
     }
     if options.header is False:
         given["header"] = False

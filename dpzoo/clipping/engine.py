@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import warnings
 from typing import Any
 
@@ -41,7 +42,7 @@ from dpzoo.errors import InputError
 from dpzoo.files import path_of, whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
-from dpzoo.poisson import prime_empty_batches
+from dpzoo.poisson import prime_empty_batches, rows_digest
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
         super().__init__(accountant=accountant, secure_mode=False)  # Opacus' wants torchcsprng
         self._keyed = secure_mode
+        self._releases: list[Any] = []
         self.replicated = False
         """Whether every rank has the whole model, its own share of one draw, and no wrapper to say so."""
         if accountant == "gdp":
@@ -197,6 +199,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         draws = Draws(poisson_sampling, getattr(private_optimizer, "drop", lambda: None), units)
         if hasattr(private_optimizer, "release"):
             private_optimizer.draws = draws
+            self._releases.append(private_optimizer.release)
             private_optimizer.release.sample_rate = 1 / batches
             account = private_optimizer.step_hook
 
@@ -204,7 +207,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 if stepped.release.was_new:  # the same step, done again, tells nothing new
                     account(stepped)
 
-            private_optimizer.attach_step_hook(pay)
+            private_optimizer.step_hook = pay
         _watch(private, module, getattr(private_optimizer, "drop", lambda: None))
         if hasattr(private_optimizer, "ranks"):
             private_optimizer.ranks.agree(
@@ -214,11 +217,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     "poisson_sampling": poisson_sampling,
                     # Without Poisson sampling the caller answers for who has which rows.
                     "length of the data set": len(loader.dataset) if poisson_sampling else None,
+                    "digest of some rows, in their order": (
+                        rows_digest(loader.dataset) if poisson_sampling and units is None else None
+                    ),
                     "batches of an epoch": batches if poisson_sampling else None,
                     **unit_terms(units),
                 }
             )
         if poisson_sampling:
+            if noise_generator is None:
+                # Who is drawn is as secret as the noise: torch's own seed may be known, its default is.
+                loader.batch_sampler.generator = secret_generator()
             if grad_sample_mode == "bk" or isinstance(loader.dataset[0], dict):
                 prime_empty_batches(loader)
             count_draws(loader, draws)
@@ -359,6 +368,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 else {"release": release.state()}
             )
             ledger = release.watched_by(Ledger(f"{path}.ledger"))
+            if release.keeps_ledgers:
+                ledger.create()  # so that a later one that is gone is missed
             state["head"] = ledger.head if ledger.path.exists() else None
             saved[RELEASE_STATE] = state
         with whole_file(path, mode=0o600) as part:
@@ -385,7 +396,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         Raises:
             InputError: reading the file would run code, or it is no checkpoint; it has no state of the
-                noise; its ledger is gone or not the one that it was written with.
+                noise; its ledger is gone or not the one that it was written with; this engine has accounted
+                steps that the file does not have.
         """
         path = path_of(path, "load_checkpoint", BESIDE)
         options = {**(torch_load_kwargs or {}), "weights_only": True}
@@ -404,19 +416,36 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ) from error
         state = checkpoint.pop(RELEASE_STATE, None)
         release = getattr(optimizer, "release", None)
-        ledger = Ledger(f"{path}.ledger")
-        if release is not None:
-            if state is None:
-                raise InputError(
-                    f"{path} has no noise state, wanted a checkpoint that this engine saved with its "
-                    f"optimizer. To go on from another one, load it without the optimizer: the two runs' "
-                    f"epsilons then add up."
+        if release is not None and state is None:
+            raise InputError(
+                f"{path} has no noise state, wanted a checkpoint that this engine saved with its "
+                f"optimizer. To go on from another one, load it without the optimizer: the two runs' "
+                f"epsilons then add up."
+            )
+        ledger, paid = Ledger(f"{path}.ledger"), []
+        if state is not None:
+            head, saved = state.pop("head"), state["release"]
+            if release is not None and head is not None:
+                ledger.require(saved["run"], head, begun=False)
+            if ledger.path.exists():
+                paid = ledger.paid(saved["run"], after=saved["steps"])
+            elif head is not None:
+                log.warning(
+                    "The ledger %s is gone: steps that were taken after %s was written are not in "
+                    "epsilon. Copy it from the folder in which the run was begun.",
+                    ledger.path,
+                    path,
                 )
-            head = state.pop("head")
-            if head is not None:
-                ledger.require(state["release"]["run"], head)
+        self._refuse_to_forget(path, [*account["history"], *paid], state)
         module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
         self.accountant.load_state_dict(account)
+        self.accountant.history.extend(paid)
+        if paid:
+            log.warning(
+                "%d steps were begun after %s was written: they are paid for.",
+                sum(count for _, _, count in paid),
+                path,
+            )
         for key, own in (
             ("optimizer", optimizer),
             ("noise_scheduler", noise_scheduler),
@@ -437,15 +466,18 @@ class PrivacyEngine(opacus.PrivacyEngine):
             else:
                 release.load_state(state["release"])
             release.watched_by(ledger)
-            paid = ledger.paid(release.run, after=release.steps) if ledger.path.exists() else []
-            self.accountant.history.extend(paid)
-            if paid:
-                log.warning(
-                    "%d steps were begun after %s was written: they are paid for.",
-                    sum(count for _, _, count in paid),
-                    path,
-                )
         return checkpoint
+
+    def _refuse_to_forget(self, path: Any, loaded: list[Any], state: dict[str, Any] | None) -> None:
+        """Raise if the file's account lacks steps that this engine has accounted."""
+        own, there = (sum(entry[2] for entry in h) for h in (self.accountant.history, loaded))
+        known = {release.run for release in self._releases}
+        if own and (own > there or (state is not None and state["release"]["run"] not in known)):
+            raise InputError(
+                f"load_checkpoint got an engine that has accounted {own} steps, and {path} has an account "
+                f"of {there}, wanted a new PrivacyEngine, or a file of the same run with its ledger: the "
+                f"engine's own steps would be forgotten. The epsilons of two runs add up."
+            )
 
 
 def _watch(private: Any, module: nn.Module, dropped: Any) -> None:
@@ -506,6 +538,11 @@ def _refuse_sampler(loader: DataLoader[Any]) -> None:
             f"False and no sampler. Weight the rows in the loss instead, or call "
             f"make_private(poisson_sampling=False), and be responsible for the accounting yourself."
         )
+
+
+def secret_generator() -> torch.Generator | None:
+    """A generator with 64 bits from the operating system; None would be torch's own."""
+    return torch.Generator().manual_seed(secrets.randbits(64) - 2**63)
 
 
 def _processes() -> int:

@@ -233,6 +233,7 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 "trained in all of them. Change what is trained between steps. The sums are dropped."
             )
         self.draws.take(store.rows, inputs)
+        self._before_sums()
         self._trained = trained
         whole = whole or {}
         by_use = store.squared_norms()
@@ -260,6 +261,9 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 self._add_up(parameter, None)
             setattr(parameter, "summed_grad", self.sums.get(parameter))  # noqa: B010
         return total.sqrt(), factors.get(None), int((~finite).sum())
+
+    def _before_sums(self) -> None:
+        """All that is refused has been."""
 
     def _add_up(
         self, parameter: torch.Tensor, weighted_sum: Callable[[Any], torch.Tensor] | None
@@ -332,11 +336,20 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
                 "Parameters were frozen or unfrozen between backward() and step(), wanted the same to be "
                 "trained in both. Change what is trained between steps. The sums are dropped."
             )
-        self.add_noise()
-        if self.step_hook:
-            self.step_hook(self)
+        try:
+            self.add_noise()
+            if self.step_hook:
+                self.step_hook(self)
+        except BaseException:
+            self.drop()  # the draw is over: nothing of it may be added to the next one's sums
+            raise
         note_step(self)
         return True
+
+    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
+        """As Opacus', after the hooks that are there: the accountant's stays."""
+        own: Any = self
+        own.step_hook = _after(own.step_hook, fn)
 
     def add_noise(self) -> None:
         """Turn the sums, in place, into the noised and scaled gradients."""
@@ -442,6 +455,9 @@ class ShardedBookKeepingOptimizer(DistributedBookKeepingOptimizer):
     shared key and under its own name, which covers the sums of all shards.
     """
 
+    def _before_sums(self) -> None:
+        self.ranks.meet("sums of a backward pass")
+
     def _add_up(self, parameter: Any, weighted_sum: Callable[[Any], torch.Tensor] | None) -> None:
         dtype, device = sum_dtype(parameter), parameter.device
         whole = (
@@ -493,10 +509,22 @@ class OpacusStep:
             )
         return super().step()  # type: ignore[misc]
 
+    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
+        """As Opacus', after the hooks that are there: the accountant's stays."""
+        own: Any = self
+        own.step_hook = _after(own.step_hook, fn)
+
     def add_noise(self) -> None:
         """As Opacus', with noise from the release's source."""
-        own: Any = self
         self.draws.finish()
+        try:
+            self._add_noise()
+        except BaseException:
+            self.drop()  # the draw is over: nothing of it may be added to the next one's sums
+            raise
+
+    def _add_noise(self) -> None:
+        own: Any = self
         with without_noise(own) as std:
             super().add_noise()  # type: ignore[misc]
         if getattr(own, "rank", 0) != 0:
@@ -516,6 +544,18 @@ class OpacusStep:
             parameter.summed_grad = None
             parameter.grad_sample = None
         forget_skips(own)
+
+
+def _after(before: Callable[[Any], None] | None, fn: Callable[[Any], None]) -> Any:
+    """A step hook that is two."""
+    if before is None:
+        return fn
+
+    def both(optimizer: Any) -> None:
+        before(optimizer)
+        fn(optimizer)
+
+    return both
 
 
 def with_release(

@@ -237,8 +237,11 @@ class Recorder(TorchFunctionMode):
                     raise Mixing
         except Mixing:
             self.uses.append(("mixed", entry.name))
-            floating = any(t.is_floating_point() or t.is_complex() for t in tensors_in([out]))
-            return Mixed(entry.name) if floating else None
+            # A whole number of the batch is a statistic; whole numbers in a tensor are places.
+            counted = any(
+                t.is_floating_point() or t.is_complex() or not t.ndim for t in tensors_in([out])
+            )
+            return Mixed(entry.name) if counted else None
         except Unknown:
             return self._guess(entry, row_tensors, out)
         return found

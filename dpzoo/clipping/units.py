@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -226,8 +226,11 @@ def _column(dataset: Any, name: str) -> Any:
 
 def checked_ids(ids: Any, rows: int) -> list[Hashable]:
     """The ids of so many rows, as Python's own values; errors as of `UnitRows`."""
-    if not hasattr(ids, "__iter__"):
-        raise InputError(f"unit_ids={ids!r}, wanted a sequence of ids, one for each row.")
+    if not hasattr(ids, "__iter__") or isinstance(ids, (Mapping, Set)):
+        got = type(ids).__name__ if hasattr(ids, "__iter__") else repr(ids)
+        raise InputError(
+            f"unit_ids={got}, wanted a sequence of ids, one for each row, in their order."
+        )
     plain = [_plain(own) for own in ids]
     if len(plain) != rows:
         raise InputError(f"unit_ids has {len(plain)} ids for {rows} rows, wanted one for each row.")

@@ -10,20 +10,17 @@ change, in a known way, the randomness of the rows after it.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import random
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset, Sampler
 
 from dpzoo.clipping.units import UnitRows, keyed_choice
-from dpzoo.poisson import rows_of
+from dpzoo.poisson import rows_of, seeded
 
 
 class PoissonBatches(Sampler[list[int]]):
@@ -173,20 +170,3 @@ class Without:
 def identity(batch: Any) -> Any:
     """The collator of batches that come collated."""
     return batch
-
-
-@contextlib.contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's global generators from the numbers, and restore them after."""
-    seeds = np.random.SeedSequence(numbers).generate_state(3)
-    before = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        random.seed(int(seeds[0]))
-        np.random.seed(int(seeds[1]))
-        torch.manual_seed(int(seeds[2]))
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])

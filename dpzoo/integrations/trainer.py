@@ -45,7 +45,6 @@ from dpzoo.integrations.batches import (
     Without,
     batch_key,
     identity,
-    seeded,
 )
 from dpzoo.integrations.card import UNPUBLISHED, PrivacyCard, publishable
 from dpzoo.integrations.inputs import base_of, length_of, per_sample
@@ -69,6 +68,7 @@ from dpzoo.integrations.state import (
 from dpzoo.integrations.stepping import PrivateStep
 from dpzoo.losses import ModelLoss
 from dpzoo.models.base import PerSampleModel
+from dpzoo.poisson import rows_digest, seeded
 
 log = logging.getLogger(__name__)
 
@@ -371,6 +371,7 @@ class DPTrainer(Trainer):
         privacy = self.privacy
         return {
             "rows of train_dataset": len(self.train_dataset),
+            "digest of some rows, in their order": rows_digest(self.train_dataset),
             "rows of a logical batch": self.args.per_device_train_batch_size,
             "rows of a physical batch": self._physical_rows,
             "unit_column": privacy.unit_column,

@@ -106,6 +106,11 @@ def train(
         the accuracy that are said do not.
     """
     recipe, by_hand = _resumed(Recipe.of(recipe), resume)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"dpzoo.train runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}. Start it without "
+            f"torchrun, or train with dpzoo.integrations.DPTrainer, which runs in several."
+        )
     job = _Job(recipe, by_hand, say)
     plan = job.plan()
     say(str(plan))
@@ -292,7 +297,7 @@ class _Job:
         return self.heldout_classes.count(most) / len(self.heldout_classes)
 
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels", NUMBER)
 _TUNABLE = ("epochs", "batch_size", "learning_rate", "clipping_norm", "max_length", "trainable")
 
 

@@ -87,7 +87,7 @@ def write(model: Any, tokenizer: Any, label: int, count: int, length: int) -> li
             pad_token_id=tokenizer.eos_token_id,
         )
         written += tokenizer.batch_decode(tokens[:, len(prompt) :], skip_special_tokens=True)
-    return [text.strip() for text in written if text.strip()]
+    return [" ".join(text.split()) for text in written if text.strip()]
 
 
 def head_accuracy(encoder: str, task: Any, rows: Any, heldout: Any, length: int) -> float:
@@ -172,13 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     most = Counter(held[1]).most_common(1)[0][1] / len(held[1])
     print(f"\nepsilon {trainer.epsilon:.2f} at delta {trainer.delta:.2g}")
     print(f"accuracy on {len(held[1])} real rows of a head that was trained on")
-    print(
-        f"    what was written  {head_accuracy(options.encoder, task, made, held, options.length):.1%}"
-    )
-    print(
-        f"    the real rows     {head_accuracy(options.encoder, task, real, held, options.length):.1%} (not private)"
-    )
-    print(f"    nothing: always one class  {most:.1%}")
+    for what, rows in (("what was written", made), ("the real rows, not private", real)):
+        print(
+            f"    {what:27} {head_accuracy(options.encoder, task, rows, held, options.length):.1%}"
+        )
+    print(f"    {'nothing: always one class':27} {most:.1%}")
     return 0
 
 

@@ -109,6 +109,24 @@ def test_arguments_that_do_not_parse(words: list[str], capsys: pytest.CaptureFix
     assert "Usage: dpzoo" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["audit", "x", "--modes"], ["bench", "x", "--modes"], ["train", "x", "--epsilon"]]
+)
+def test_an_option_without_its_value(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"dpzoo: Option '{words[-1]}' requires an argument. See dpzoo {words[0]} --help."
+
+
+def test_nought_is_a_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--epsilon", "--epochs", "--learning-rate", "--batch-size"):
+        assert main(["train", str(tmp_path / "rows.tsv"), option, "0"]) == 2
+        name = option.removeprefix("--").replace("-", "_")
+        assert f"{name}=0, wanted a number above 0" in capsys.readouterr().err.replace("0.0", "0")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_gets_a_hint(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {"list": "--famly", "train": "--epsilom", "bench": "--batc"}.get(command, "--tusk")

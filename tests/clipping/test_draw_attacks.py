@@ -118,3 +118,76 @@ def test_the_last_batch_is_not_skipped_either(mode: str) -> None:
     run = Run(mode, loader=DataLoader(rows, batch_size=3))
     with pytest.raises(InputError, match="ended with 1 of its last batches passed over"):
         steps(run, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_fails_leaves_nothing_to_the_next(mode: str) -> None:
+    """The disk is full under the ledger, the loop goes on, and nobody calls zero_grad()."""
+    run, alone = Run(mode), Run(mode, poisson_sampling=False)
+    begin, batches = run.optimizer.release.begin, iter(run.loader)
+    run.backward(*next(batches))
+    run.optimizer.release.begin = _full_disk
+    with pytest.raises(OSError, match="no space left"):
+        run.optimizer.step()
+    run.optimizer.release.begin = begin
+    batch = next(batches)
+    for each in (run, alone):
+        each.backward(*batch)
+        each.optimizer.pre_step()
+    for p, q in zip(run.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+def _full_disk(noise_multiplier: float) -> int:
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_hook_of_the_users_leaves_the_accounts(mode: str) -> None:
+    run, seen = Run(mode, noise_multiplier=1.0), []
+    run.optimizer.attach_step_hook(seen.append)
+    for x, y in run.loader:
+        run.optimizer.zero_grad()
+        run.backward(x, y)
+        run.optimizer.step()
+    assert seen == [run.optimizer] * len(run.loader)
+    assert sum(count for _, _, count in run.engine.accountant.history) == len(run.loader)
+
+
+class TokenMean(nn.Module):
+    """Each row's loss, over a whole number that is the batch's."""
+
+    def __init__(self, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.out, self.of = nn.Linear(4, 3), of
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x) / self.of(x > 0)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda n: n.sum(), lambda n: n.sum(1).max() + 1, lambda n: 1 + n.sum(1).argmax()],
+    ids=["count", "largest count", "which row"],
+)
+def test_whole_numbers_of_the_batch_are_statistics_too(
+    of: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    run = Run(model=TokenMean(of))
+    x, y = next(b for b in run.loader if len(b[0]) > 2)
+    with pytest.raises(InputError, match="what one row computes must not depend on another"):
+        run.backward(x, y)
+    own = Run(model=TokenMean(lambda n: 1 + n.sum(1, keepdim=True)))
+    steps(own)
+
+
+@pytest.mark.secret_draws
+def test_who_is_drawn_does_not_follow_from_torchs_seed() -> None:
+    """The seed at the top of a script is known, and torch's default is the same everywhere."""
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        run = Run()
+        torch.manual_seed(7)
+        drawn.append([x.flatten().tolist() for x, _ in run.loader])
+    assert drawn[0] != drawn[1]

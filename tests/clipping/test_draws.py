@@ -1,5 +1,6 @@
 """One step is one draw: attacks on what the engine trusts, in every mode."""
 
+import copy
 import io
 import logging
 import math
@@ -19,6 +20,7 @@ import dpzoo
 from dpzoo.clipping.engine import _refuse_equal_ranks
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.errors import InputError, UnsupportedModelError
+from tests.support import assert_bit_equal
 
 ROWS, RATE = 40, 8
 MODES = ("bk", "ghost", "hooks", "functorch")
@@ -682,6 +684,58 @@ def test_a_checkpoint_that_runs_code_is_refused(
             path="bad.pt", module=run.private, torch_load_kwargs={"weights_only": False}
         )
     assert not Path("ran").exists()
+
+
+def taken(run: Run, epochs: int = 1) -> int:
+    for _ in range(epochs):
+        for x, y in run.loader:
+            run.backward(x, y)
+            run.optimizer.step()
+    return run.steps()
+
+
+@pytest.mark.parametrize("optimizer", [True, False], ids=["with", "without its optimizer"])
+def test_rolling_back_costs_what_was_done_since(optimizer: bool, tmp_path: Path) -> None:
+    run, path = Run(noise_multiplier=1.0), tmp_path / "best.pt"
+    taken(run)
+    run.engine.save_checkpoint(path=path, module=run.private, optimizer=run.optimizer)
+    steps = taken(run, 2)
+    own = {"optimizer": run.optimizer} if optimizer else {}
+    run.engine.load_checkpoint(path=path, module=run.private, **own)
+    assert run.steps() == steps
+    other = Run(noise_multiplier=1.0)
+    own = {"optimizer": other.optimizer} if optimizer else {}
+    other.engine.load_checkpoint(path=path, module=other.private, **own)
+    assert other.steps() == steps
+
+
+def test_an_engine_does_not_forget_its_own_steps(tmp_path: Path) -> None:
+    run, other, path = Run(noise_multiplier=1.0), Run(noise_multiplier=1.0), tmp_path / "other.pt"
+    taken(run), taken(other, 2)
+    run.engine.save_checkpoint(path=path, module=run.private, optimizer=run.optimizer)
+    steps, before = other.steps(), copy.deepcopy(other.model.state_dict())
+    message = f"has accounted {steps} steps, and .*other.pt has an account of {run.steps()}"
+    for own in ({"optimizer": other.optimizer}, {}):
+        with pytest.raises(InputError, match=message):
+            other.engine.load_checkpoint(path=path, module=other.private, **own)
+    assert other.steps() == steps
+    assert_bit_equal(before, other.model.state_dict())
+
+
+def test_a_ledger_that_is_gone_is_missed_after_the_first_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, path = Run(noise_multiplier=1.0), tmp_path / "run.pt"
+    taken(run)
+    run.engine.save_checkpoint(path=path, module=run.private, optimizer=run.optimizer)
+    taken(run)
+    Path(f"{path}.ledger").unlink()
+    other = Run(noise_multiplier=1.0)
+    with pytest.raises(InputError, match=r"ledger .*run\.pt\.ledger is gone"):
+        other.engine.load_checkpoint(path=path, module=other.private, optimizer=other.optimizer)
+    with caplog.at_level(logging.WARNING):
+        other.engine.load_checkpoint(path=path, module=other.private)
+    assert "is gone: steps that were taken after" in caplog.text
 
 
 @pytest.mark.parametrize("place", [io.BytesIO(), None, 7, b"run.pt"])

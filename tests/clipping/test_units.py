@@ -409,7 +409,9 @@ def test_noise_for_an_epsilon_is_over_units(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_batch_memory_manager_cuts_between_units() -> None:
     for size in (1, 2, 100):
-        whole, parts = Run(), Run()
+        whole, parts = (
+            Run(noise_generator=torch.Generator()) for _ in range(2)
+        )  # draws by the seed
         for run in (whole, parts):
             torch.manual_seed(3)
             if run is whole:
@@ -555,6 +557,8 @@ def test_ids_of_a_batch_need_units() -> None:
         (torch.zeros(40, 2), "unit_ids has a list for row 0, wanted numbers or texts"),
         (["me"] * 40, "unit_ids has 1 unit in 40 rows, wanted at least 2"),
         (7, "unit_ids=7, wanted a sequence of ids"),
+        (dict.fromkeys(range(40), "me"), "unit_ids=dict, wanted a sequence of ids"),
+        (set(range(40)), "unit_ids=set, wanted a sequence of ids"),
         ("who", "no column 'who' to tell units by; it has none"),
     ],
 )

@@ -141,6 +141,7 @@ BOTH = {
     "other cap": r"Ranks differ in max_rows_per_unit \(rank 0: 3, rank 1: 4\)",
     "other norm": r"Ranks differ in max_grad_norm \(rank 0: '0.3', rank 1: '3.0'\)",
     "other rate": r"Ranks differ in batches of an epoch \(rank 0: 3, rank 1: 4\)",
+    "another order": r"Ranks differ in digest of some rows, in their order \(rank 0: '\w+', rank",
     "not spread": r"got unit_ids in 2 processes and a Sequential that is not spread over them, wanted Dis",
 }
 
@@ -156,7 +157,17 @@ def test_attacks_are_refused_on_both_ranks(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_cuts_a_unit_stops_the_other(way: str, ranks: list[dict[str, Any]]) -> None:
-    assert set(ATTACKS) == {*BOTH, "cut"}
+    assert set(ATTACKS) == {*BOTH, "cut", "a row more"}
     first, second = (rank[f"cut {way}"] for rank in ranks)
     assert re.search("^InputError: A backward pass brought .* rows .*, and they cut a unit", first)
     assert re.search(r"^RankError: .*rank 0: an error of its own \(InputError\)", second)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_that_refuses_its_rows_stops_the_other(
+    way: str, ranks: list[dict[str, Any]]
+) -> None:
+    first, second = (rank[f"a row more {way}"] for rank in ranks)
+    assert re.search("^InputError: .*(rows|Rows)", first)
+    assert re.search("^RankError: .*rank 0", second)
+    assert all(rank["a row more took"] < 20 for rank in ranks)  # and not the time-out's 60 s

@@ -7,6 +7,7 @@ writes FOLDER/units-RANK.pt, name -> what this rank saw. The judging is done in 
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +18,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import dpzoo
 from tests.distributed.steps import Case, distribute, full, prepared
@@ -73,7 +74,9 @@ class Run:
             module=module,
             optimizer=torch.optim.SGD(self.model.parameters(), lr=0.0),
             criterion=nn.CrossEntropyLoss(),
-            data_loader=DataLoader(Owned(), batch_size=options.pop("batch", BATCH)),
+            data_loader=DataLoader(
+                options.pop("rows", None) or Owned(), batch_size=options.pop("batch", BATCH)
+            ),
             grad_sample_mode="bk",
             **{"max_grad_norm": CLIP, **settings, **options},
         )
@@ -214,6 +217,20 @@ def cut(way: str) -> None:
         _part(run, x[at:], y[at:])
 
 
+def a_row_more(way: str) -> None:
+    """Rank 0 brings a row that was not drawn: found after its backward pass, before its sums."""
+    run = Run(way, unit_ids=None, max_rows_per_unit=None)
+    for x, y, _ in run.loader:
+        more = [torch.cat([v, torch.ones_like(Owned()[0][k])[None]]) for k, v in enumerate((x, y))]
+        run.step(*mine(more, (x, y)))
+
+
+def another_order(way: str) -> None:
+    """The rows of one rank are shuffled, as by a split without a seed."""
+    rows = mine(Owned(), Subset(Owned(), [*range(1, len(OWNERS)), 0]))
+    Run(way, unit_ids=None, max_rows_per_unit=None, rows=rows)
+
+
 def differing(**options: Any) -> Callable[[str], None]:
     def attack(way: str) -> None:
         Run(way, **{name: mine(*values) for name, values in options.items()})
@@ -238,6 +255,8 @@ ATTACKS: dict[str, Callable[[str], None]] = {
     "other norm": differing(max_grad_norm=(CLIP, 10 * CLIP)),
     "other rate": differing(batch=(BATCH, BATCH - 1)),
     "not spread": not_spread,
+    "another order": another_order,
+    "a row more": a_row_more,
 }
 
 
@@ -251,11 +270,13 @@ def main(folder: Path) -> None:
         results[f"neighbours {way}"] = neighbours(way)
         results[f"transformer {way}"] = transformer(way)
         for name, attack in ATTACKS.items():
+            began = time.monotonic()
             try:
                 attack(way)
                 results[f"{name} {way}"] = ""
             except dpzoo.DpzooError as error:
                 results[f"{name} {way}"] = f"{type(error).__name__}: {error}"
+            results[f"{name} took"] = time.monotonic() - began
     torch.save(results, folder / f"units-{os.environ['RANK']}.pt")
     distributed.destroy_process_group()
 

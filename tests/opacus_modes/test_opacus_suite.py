@@ -48,7 +48,7 @@ DIFFERS = {
     # Batch norm is refused by an error of dpzoo's own class, which names the remedy, and not by Opacus'.
     "test_model_validator": "takes statistics over the rows of a batch",
     # A checkpoint is written aside and renamed, and has a ledger beside it: it needs a path.
-    "test_checkpoints": "not BytesIO",
+    "test_checkpoints": "got a BytesIO, wanted the path of a file",
     # Noise has a secret key and does not follow from torch.manual_seed: two runs never have the same.
     "test_deterministic_run": "Model parameters after deterministic run must match",
     # The same: the weights of two runs with noise are compared.

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import dpzoo
 from dpzoo.accounting import epsilon_of
 from dpzoo.cli import main
+from dpzoo.errors import InputError
 from dpzoo.heads import output_layer
 from dpzoo.training import Recipe
 from dpzoo.training import run as module
@@ -371,7 +372,7 @@ def test_canaries_of_a_language_model_by_unit_that_is_killed(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Told, "on_step_end", killed, raising=False)
+        patch.setattr(module._ProgressLog, "on_step_end", killed, raising=False)
         with pytest.raises(KeyboardInterrupt):
             dpzoo.train(told)
     with np.load(folder / "out.run" / "canaries.npz") as kept:
@@ -429,3 +430,11 @@ def test_only_a_head_may_be_new(folder: Path) -> None:
     save_file(wrong, path, {"format": "pt"})
     with pytest.raises(dpzoo.InputError, match=r"word_embeddings.weight is \(7, 16\), wanted"):
         dpzoo.train(recipe(folder, model=str(folder / "model")))
+
+
+def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match=r"runs in one process, got WORLD_SIZE=2\. Start it without"
+    ):
+        dpzoo.train({"data": "rows.tsv"})
