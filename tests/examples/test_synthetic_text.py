@@ -16,8 +16,21 @@ def test_it_writes_a_data_set(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     encoder, out = checkpoint("bert", "sequence-classification"), tmp_path / "made"
-    options = f"--data {reviews} --eval {reviews} --out {out} --encoder {encoder} --epochs 1".split()
-    options += "--batch-size 16 --count 4 --length 6 --width 8 --layers 1".split()
+    options = (
+        f"--data {reviews} --eval {reviews} --out {out} --encoder {encoder} --epochs 1".split()
+    )
+    options += [
+        "--batch-size",
+        "16",
+        "--count",
+        "4",
+        "--length",
+        "6",
+        "--width",
+        "8",
+        "--layers",
+        "1",
+    ]
     if not own:
         options += ["--model", str(checkpoint("gpt2", "causal-lm"))]
     assert synthetic_text.main(options) == 0
