@@ -13,9 +13,9 @@ from dpzoo.files import path_of
 from dpzoo.training.data import CLASSIFICATION, LANGUAGE_MODELLING
 
 TRAINABLE = ("head", "lora", "bias", "all")
-ENOUGH_SIGNAL = 2.0
+ENOUGH_SIGNAL = 10.0
 """Signal to noise of the whole run (`Plan.signal`) from which on every parameter is trained."""
-FEW_ROWS = 20_000
+FEW_ROWS = 100_000
 """Below so many rows, a classifier's head alone is trained where every parameter is too much."""
 
 

@@ -264,7 +264,12 @@ def test_a_recipe_file_and_options_over_it(
 
 @pytest.mark.parametrize(
     ("rows", "parameters", "chosen"),
-    [(3_000, 22_700_000, "head"), (67_349, 22_700_000, "all"), (67_349, 10**9, "lora")],
+    [
+        (3_000, 22_700_000, "head"),
+        (67_349, 22_700_000, "head"),
+        (10**6, 22_700_000, "all"),
+        (10**6, 10**10, "lora"),
+    ],
 )
 def test_what_is_trained_follows_rows_and_parameters(
     rows: int, parameters: int, chosen: str
