@@ -73,6 +73,10 @@ class ParameterCall(NamedTuple):
     shared: list[torch.Tensor]
 
 
+SIZED = ("new_zeros", "new_ones", "new_empty", "new_full", "narrow")
+"""Functions that take whole numbers for sizes."""
+
+
 class Recorder(TorchFunctionMode):
     """The mode of one forward pass.
 
@@ -229,6 +233,8 @@ class Recorder(TorchFunctionMode):
             for x in row_tensors:
                 layout = getattr(x, MARK)[1]
                 if isinstance(layout, Mixed):
+                    if not x.is_floating_point() and (entry.name in SIZED or _are_places(out)):
+                        continue  # a size, or how far a mask goes: more or less padding
                     return layout
                 one = self._layout_by(entry, func, args, kwargs, x, layout, out)
                 if found is None:
@@ -237,11 +243,7 @@ class Recorder(TorchFunctionMode):
                     raise Mixing
         except Mixing:
             self.uses.append(("mixed", entry.name))
-            # A whole number of the batch is a statistic; whole numbers in a tensor are places.
-            counted = any(
-                t.is_floating_point() or t.is_complex() or not t.ndim for t in tensors_in([out])
-            )
-            return Mixed(entry.name) if counted else None
+            return None if _are_places(out) else Mixed(entry.name)
         except Unknown:
             return self._guess(entry, row_tensors, out)
         return found
@@ -572,3 +574,8 @@ def mixing_error(name: str) -> InputError:
         f"{name} combines rows of the batch, wanted each row by itself: what one row computes must not "
         f"depend on another."
     )
+
+
+def _are_places(out: Any) -> bool:
+    """Whether what rows made together are whole numbers in tensors; a single one is a statistic."""
+    return all(t.ndim and not (t.is_floating_point() or t.is_complex()) for t in tensors_in([out]))
