@@ -225,7 +225,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 }
             )
         if poisson_sampling:
-            if noise_generator is None:
+            if data_loader.generator is not None:
+                log.warning(
+                    "The data_loader has a generator, and rows are drawn from it: epsilon does not hold "
+                    "for whoever knows its seed. Leave it out, and the draws are secret."
+                )
+            elif noise_generator is None:
                 # Who is drawn is as secret as the noise: torch's own seed may be known, its default is.
                 loader.batch_sampler.generator = secret_generator()
             if grad_sample_mode == "bk" or isinstance(loader.dataset[0], dict):

@@ -371,7 +371,9 @@ class DPTrainer(Trainer):
         privacy = self.privacy
         return {
             "rows of train_dataset": len(self.train_dataset),
-            "digest of some rows, in their order": rows_digest(self.train_dataset),
+            "digest of some rows, in their order": (
+                None if privacy.unit_column else rows_digest(self.train_dataset)
+            ),
             "rows of a logical batch": self.args.per_device_train_batch_size,
             "rows of a physical batch": self._physical_rows,
             "unit_column": privacy.unit_column,
