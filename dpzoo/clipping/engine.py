@@ -237,7 +237,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 prime_empty_batches(loader)
             count_draws(loader, draws)
             if not self.replicated:  # then the draws are the caller's
-                _refuse_equal_ranks(private_optimizer)
+                _refuse_equal_ranks(private_optimizer, data_loader.generator)
         if grad_sample_mode != "bk":
             if len(made) == 4:
                 on_ghost_backward(made[2], draws.take)
@@ -555,19 +555,22 @@ def _processes() -> int:
     return torch.distributed.get_world_size() if ready else 1
 
 
-def _refuse_equal_ranks(optimizer: Any) -> None:
-    """Raise where two processes would draw the same rows."""
+def _refuse_equal_ranks(optimizer: Any, generator: torch.Generator | None = None) -> None:
+    """Raise where two processes would draw the same rows, by torch's seed or a loader's generator."""
     ranks = getattr(optimizer, "world_size", 1)
     if ranks == 1 or not torch.distributed.is_initialized():
         return
     seen: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(seen, torch.initial_seed())
-    if len(set(seen)) < ranks:
-        raise InputError(
-            f"Ranks have equal seeds ({sorted(seen)}), so that they draw the same rows together, and "
-            f"epsilon is not that of independent draws. Wanted another seed in each: call "
-            f"torch.manual_seed(seed + rank), or set none."
-        )
+    own = torch.initial_seed(), None if generator is None else generator.initial_seed()
+    torch.distributed.all_gather_object(seen, own)
+    for seeds in zip(*seen, strict=True):
+        given = [seed for seed in seeds if seed is not None]
+        if len(set(given)) < len(given):
+            raise InputError(
+                f"Ranks have equal seeds ({sorted(given)}), so that they draw the same rows together, and "
+                f"epsilon is not that of independent draws. Wanted another seed in each: call "
+                f"torch.manual_seed(seed + rank), or set none; and give the DataLoader no generator."
+            )
 
 
 __all__ = ["NoiseSource", "PrivacyEngine"]

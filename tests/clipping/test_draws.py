@@ -786,19 +786,22 @@ def test_a_sum_belongs_to_its_optimizer() -> None:
 
 def test_ranks_with_equal_seeds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would draw the same rows together; two processes are played by what they tell each other."""
-    others: list[int] = []
+    others: list[Any] = []
 
-    def gather(seen: list[Any], own: int) -> None:
+    def gather(seen: list[Any], own: Any) -> None:
         seen[:] = [own, *others]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    two = types.SimpleNamespace(world_size=2)
+    two, loaders = types.SimpleNamespace(world_size=2), torch.Generator().manual_seed(7)
     torch.manual_seed(5)
-    others[:] = [6]
-    _refuse_equal_ranks(two)
-    others[:] = [5]
-    with pytest.raises(
-        InputError, match=r"Ranks have equal seeds \(\[5, 5\]\).*another seed in each"
-    ):
-        _refuse_equal_ranks(two)
+    for other, generator in (((6, None), None), ((6, 8), loaders), ((6, None), loaders)):
+        others[:] = [other]
+        _refuse_equal_ranks(two, generator)
+    for other, generator, twice in (((5, None), None, 5), ((6, 7), loaders, 7)):
+        others[:] = [other]
+        with pytest.raises(
+            InputError,
+            match=rf"Ranks have equal seeds \(\[{twice}, {twice}\]\).*another seed in each",
+        ):
+            _refuse_equal_ranks(two, generator)
