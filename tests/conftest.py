@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.secrets_that_repeat import repeat_secrets
+
 # Set before transformers is imported: it reads them once.
 _caches = tempfile.TemporaryDirectory(prefix="dpzoo-tests-")
 os.environ["HF_HOME"] = _caches.name
@@ -64,9 +66,13 @@ def no_network() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Every test starts from the same state of torch's generator, whatever ran before it."""
+def seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts from the same state of torch's generator, whatever ran before it.
+
+    Its secrets (the keys of the noise among them) follow from its name: a test of noise repeats.
+    """
     torch.manual_seed(0)
+    repeat_secrets(request.node.nodeid, monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

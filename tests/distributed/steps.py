@@ -27,6 +27,7 @@ import dpzoo
 from dpzoo import families
 from dpzoo.clipping import engine
 from tests.modes import OutputLoss
+from tests.secrets_that_repeat import repeat_secrets
 from tests.support import NAMES, batch_for, randomize, stock_model
 
 Batch = dict[str, torch.Tensor]
@@ -257,6 +258,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     engine.secret_generator = lambda: None  # draws repeat: by the seed of each rank
+    repeat_secrets(os.environ["RANK"])
     distributed.init_process_group(
         "gloo", timeout=datetime.timedelta(seconds=int(os.environ.get("PATIENCE", 60)))
     )

@@ -24,6 +24,7 @@ import dpzoo
 from dpzoo.integrations import DPTrainer
 from tests.distributed.steps import full
 from tests.integrations.runs import BERT, Owned, Rows, arguments, privacy
+from tests.secrets_that_repeat import repeat_secrets
 from tests.support import stock_model
 
 
@@ -135,6 +136,7 @@ def run(folder: Path, options: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
+    repeat_secrets(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     given = dict(item.split("=", 1) for item in sys.argv[2:])

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import dpzoo
 from dpzoo.clipping import engine
 from tests.distributed.steps import Case, distribute, full, prepared
+from tests.secrets_that_repeat import repeat_secrets
 
 UNITS = 12
 OWNERS = [f"u{(5 * i) % UNITS}" for i in range(UNITS)] + [f"u{k}" for k in (0, 0, 0, 1, 1, 4, 7, 7)]
@@ -265,6 +266,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     engine.secret_generator = lambda: None  # draws repeat: by the seed of each rank
+    repeat_secrets(os.environ["RANK"])
     distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     results: dict[str, Any] = {"draws": draws()}
     for way in WAYS:

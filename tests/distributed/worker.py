@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 import dpzoo
 from dpzoo.clipping import engine
 from tests.modes import OutputLoss
+from tests.secrets_that_repeat import repeat_secrets
 from tests.support import batch_for, randomize, stock_model
 
 Batch = dict[str, torch.Tensor]
@@ -237,6 +238,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     # A rank that waits for another in vain says so, before the test's own patience ends.
     engine.secret_generator = lambda: None  # draws repeat: by the seed of each rank
+    repeat_secrets(os.environ["RANK"])
     distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results = {}
     for case in torch.load(folder / "cases.pt", weights_only=False):
