@@ -51,7 +51,16 @@ Made with {versions} by
 def main() -> int:
     """Run the tests, and write the page if they pass."""
     failed = pytest.main(
-        ["-q", "-p", "no:cacheprovider", "-W", "ignore", *(f"tests/{t}" for t in TESTS)]
+        [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore",
+            "-m",
+            "slow or not slow",
+            *(f"tests/{t}" for t in TESTS),
+        ]
     )
     if failed:
         return int(failed)

@@ -6,8 +6,10 @@ written out here with torch alone, autograd, float64. Sizes are odd and differen
 activations are not the defaults.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch.nn import functional as F
@@ -84,6 +86,23 @@ CONFIG_CLASSES = {
     "distilbert": transformers.DistilBertConfig,
     "gpt2": transformers.GPT2Config,
 }
+
+
+A_FEW = [
+    "BertForSequenceClassification",
+    "BertForPreTraining",
+    "DistilBertForTokenClassification",
+    "GPT2DoubleHeadsModel",
+    "GPT2LMHeadModel",
+    "RobertaForMultipleChoice",
+    "RobertaForQuestionAnswering",
+]
+
+
+def others_slow(values: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, of which those that are not kept belong to the slow sweeps."""
+    kept = list(kept)
+    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def tiny_config(name: str, **overrides: Any) -> Any:

@@ -251,6 +251,7 @@ def test_a_checkpoint_with_any_damage_is_refused_or_loads(
         refused_or_whole(place, "a checkpoint with bytes flipped, cut, inserted, or lines moved")
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25))
 @given(name=st.sampled_from(SMALL), data=st.data())
 def test_convert_never_certifies_what_lacks_a_tensor(

@@ -308,6 +308,25 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
     )
 
 
+def in_another_order(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:
+    """Whether most rows of a forward pass are those of an earlier one, at other places.
+
+    Args:
+        before, after: the inputs of the two, (rows, ...) each.
+    """
+    alike = [
+        (a, b)
+        for a, b in zip(before, after, strict=False)
+        if (a.shape, a.dtype) == (b.shape, b.dtype)
+    ]
+    if not alike or all(_same(a, b) for a, b in alike):
+        return False
+    old, new = (list(zip(*map(_digests, part), strict=True)) for part in zip(*alike, strict=True))
+    known = set(old)
+    moved = sum(row != here and row in known for row, here in zip(new, old, strict=True))
+    return 2 * moved > len(new)
+
+
 def _digests(x: torch.Tensor) -> list[int]:
     """A number for each row, equal for equal rows."""
     flat = x.detach().reshape(len(x), -1)
@@ -330,6 +349,7 @@ class CountedSampler(Sampler[list[int]]):
 
     def __init__(self, sampler: Any, draws: Draws) -> None:
         self.sampler, self.draws = sampler, draws
+        self._rate = getattr(sampler, "sample_rate", None)
 
     def __iter__(self) -> Iterator[list[int]]:
         self.draws.restart()
@@ -338,6 +358,13 @@ class CountedSampler(Sampler[list[int]]):
     def _noted(self) -> Iterator[list[int]]:
         units = self.draws.dataset
         for drawn in self.sampler:
+            rate = getattr(self.sampler, "sample_rate", None)
+            if rate != self._rate:
+                raise InputError(
+                    f"The private loader's sampler has sample_rate={rate!r}, wanted {self._rate!r}, which "
+                    f"make_private set and the accountant assumes. For another rate call make_private with "
+                    f"a data_loader of another batch size."
+                )
             sizes = None if units is None else units.draw(drawn)
             self.draws.begin(len(drawn) if sizes is None else sum(sizes.values()), sizes)
             yield drawn if sizes is None else list(sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.autograd_graph import RecordUse, refuse_unseen
+from dpzoo.clipping.draws import in_another_order
 from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.ranks import Shards, refuse_unseen_ranks, silence
@@ -65,6 +67,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._verifying = False
         self._checked: dict[int, int] = {}  # kind of batch -> batches of it so far
         self._earlier: set[Any] = set()  # uses in earlier forward passes, since the last backward
+        self._passes: deque[list[torch.Tensor]] = deque(maxlen=4)  # inputs of these
+        self._moved = False  # rows of these came again at other places
         self._names: dict[int, str] = {}
         self._norms: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
@@ -92,6 +96,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         rows = _rows_of(kwargs, tensors)
         if self._recorder is not None and not self._recorder.spent:
             self._earlier.update(self._recorder.uses)
+            self._passes.append(self._recorder.inputs)
         self._recorder = None
         if self._shards is not None:
             self._shards.enter(module)
@@ -106,6 +111,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._names = trained = {id(whole.get(p, p)): name for name, p in named}
         self._recorder = recorder = Recorder(self, rows, record_call)
         recorder.inputs = [t for t in tensors if t.ndim and len(t) == rows]
+        self._moved |= any(in_another_order(inputs, recorder.inputs) for inputs in self._passes)
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         for tensor in recorder.inputs:
@@ -233,6 +239,12 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"shape=logits.shape."
             )
         try:
+            if self._moved:
+                raise InputError(
+                    "Two forward passes before a backward() have the same rows in another order: a row "
+                    "would be in the losses of two, and count twice. Wanted each row at its place in all "
+                    "passes of a step; a pass that is not trained on belongs under torch.no_grad()."
+                )
             named, whole = self._trained()
             _refuse_hooks(named)
             uses = {id(whole.get(p, p)): whole.get(p, p) for _, p in named}
@@ -248,6 +260,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             optimizer.draws.abandon()
             optimizer.fail(error)
             raise
+        finally:
+            self._passes.clear()
+            self._moved = False
+            if self._recorder is not None:
+                self._recorder.spent = True
         self._norms, self._factors, left_out = made
         self.nonfinite_rows += left_out
 
@@ -305,7 +322,6 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         squared = store.squared_norms()
         if checked is None or checked.compare(store, squared, self.name_of):
             self._checked[kind] = count
-        recorder.spent = True
         self._earlier.clear()
         return store
 

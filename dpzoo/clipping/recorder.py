@@ -100,8 +100,8 @@ class Recorder(TorchFunctionMode):
         self.mixed: list[tuple[Any, str]] = []
         """Nodes of outputs in which rows were combined, and the function that combined them."""
         self._used_shared: list[tuple[Any, int, str]] = []
-        self.inputs: list[torch.Tensor] = []  # those with the batch's rows in front
-        """The first tensor of the batch, (rows, ...)."""
+        self.inputs: list[torch.Tensor] = []
+        """The batch's tensors with its rows in front, (rows, ...) each."""
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
         self._classes: dict[Any, bool] = {}
 

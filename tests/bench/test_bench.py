@@ -155,6 +155,7 @@ def test_a_ratio_is_the_median_over_pairs() -> None:
     assert ratio_to([2.0, 4.0, 2.2], [1.0, 2.0, 1.0]) == 2.0
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_new_process(workload: Workload) -> None:
     peak = memory_module._in_a_new_process(workload, "bk")
     assert peak.peak > peak.before > 50 * 2**20

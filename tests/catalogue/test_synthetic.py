@@ -10,7 +10,12 @@ from safetensors.torch import load_file
 from conversion.synthetic import SYNTHETIC_CHECKPOINTS, SyntheticCheckpoint
 from dpzoo.catalogue import quirks
 from dpzoo.parity import Parity, convert_checkpoint
+from tests.support import others_slow
 
+FIRST = [
+    next(checkpoint for checkpoint in SYNTHETIC_CHECKPOINTS if checkpoint.quirk == quirk)
+    for quirk in quirks()
+]
 VALUES = "parameters, expected and written"
 
 
@@ -31,7 +36,7 @@ def keys(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "checkpoint", SYNTHETIC_CHECKPOINTS, ids=lambda checkpoint: checkpoint.name
+    "checkpoint", others_slow(SYNTHETIC_CHECKPOINTS, FIRST), ids=lambda checkpoint: checkpoint.name
 )
 def test_values_arrive(checkpoint: SyntheticCheckpoint, tmp_path: Path) -> None:
     parity = run(checkpoint, tmp_path)
@@ -50,12 +55,6 @@ USED = {
     "decoder-bias-missing": "bias",
 }
 """Part of a key of the file that the quirk touches, where there is one in every family."""
-
-
-FIRST = [
-    next(checkpoint for checkpoint in SYNTHETIC_CHECKPOINTS if checkpoint.quirk == quirk)
-    for quirk in quirks()
-]
 
 
 @pytest.mark.parametrize("checkpoint", FIRST, ids=lambda checkpoint: checkpoint.name)

@@ -191,3 +191,54 @@ def test_who_is_drawn_does_not_follow_from_torchs_seed() -> None:
         torch.manual_seed(7)
         drawn.append([x.flatten().tolist() for x, _ in run.loader])
     assert drawn[0] != drawn[1]
+
+
+def again(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Steps on the sum of two forward passes, the second of changed rows."""
+    run = Run()
+    for x, y in run.loader:
+        run.criterion(run.private(x) + run.private(change(x)), y).backward()
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: x[torch.randperm(len(x))]],
+    ids=["from behind", "the next one's", "at random"],
+)
+def test_rows_in_two_passes_at_other_places_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    with pytest.raises(
+        InputError, match=r"Two forward passes before .* the same rows in another order"
+    ):
+        again(change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x, torch.clone, lambda x: x + 0.1 * torch.randn_like(x), lambda x: 1 - x],
+    ids=["the same", "a copy", "noisy", "another view"],
+)
+def test_rows_in_two_passes_at_their_places_are_one_gradient(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    again(change)
+
+
+def test_after_a_refusal_the_same_batch_may_be_taken_as_it_should_be() -> None:
+    run = Run()
+    x, y = next(batch for batch in run.loader if len(batch[0]) > 1)
+    with pytest.raises(InputError, match="Two forward passes before a backward"):
+        run.criterion(run.private(x) + run.private(x.flip(0)), y).backward()
+    run.backward(x, y)
+    run.optimizer.step()
+
+
+def test_a_rate_that_was_changed_by_hand_is_refused() -> None:
+    run = Run()
+    run.loader.batch_sampler.sampler.sample_rate *= 2
+    with pytest.raises(
+        InputError, match=r"sampler has sample_rate=.*, wanted .*, which make_private set"
+    ):
+        next(iter(run.loader))

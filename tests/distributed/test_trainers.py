@@ -20,7 +20,7 @@ from dpzoo.ledger import Ledger
 from tests.distributed.options import OPTIONS
 from tests.distributed.torchrun import ROOT, run_two_processes
 from tests.integrations.runs import BERT, Owned, Rows, trainer_of
-from tests.support import stock_model
+from tests.support import others_slow, stock_model
 
 PARTS = {"per_device_train_batch_size": 2, "max_steps": 4}
 TIMEOUT = 10
@@ -84,7 +84,7 @@ DIFFERING = (
 CLOSE = 1e-9  # AdamW divides key biases' gradients, 1e-17 of rounding, by 1e-8
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", others_slow(["ddp", "fsdp"], ["ddp"]))
 def test_units_in_two_processes_are_those_of_one(way: str, tmp_path: Path) -> None:
     """Float64, AdamW: weights, evaluation, account, files; ranks that differ; one process goes on."""
     settings: dict[str, Any] = {**PARTS, "optim": "adamw_torch", "lr_scheduler_type": "linear"}

@@ -32,13 +32,16 @@ TIED = ["GPT2LMHeadModel", "BertForMaskedLM"]
 ONE_OUTPUT = [name for name in NAMES if name.endswith("MultipleChoice")] + ["GPT2DoubleHeadsModel"]
 """Classes with a parameter of first dimension 1: FSDP2 needs help there, see `test_opacus_facts`."""
 
-EXACT = [
-    # rank 0 has three rows and rank 1 has one
+# rank 0 has three rows and rank 1 has one
+EVERY = [
     *(Case(name, mode) for name in NAMES for mode in DPDDP_MODES),
-    # Layer by layer where it matters; elsewhere in one group, which saves collectives and so time.
+    # In one group, which saves collectives and so time.
+    *(Case(name, "ghost_fsdp", sharding="whole", placed=name in ONE_OUTPUT) for name in NAMES),
+]
+EXACT = [
+    *(case for case in EVERY if case.name in (*CLASSIFIERS, *TIED)),
     *(Case(name, "ghost_fsdp") for name in CLASSIFIERS + TIED),
     Case("BertForMultipleChoice", "ghost_fsdp", placed=True),
-    *(Case(name, "ghost_fsdp", sharding="whole", placed=name in ONE_OUTPUT) for name in NAMES),
     *(
         Case(name, mode, shares)
         for name in CLASSIFIERS + TIED
@@ -174,21 +177,33 @@ def sums_of_one_process(case: Case) -> Batch:
 # --- running them -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+def results_of(
+    cases: dict[str, Case], name: str, factory: pytest.TempPathFactory
+) -> dict[str, list[Result]]:
     """Case id -> what rank 0 and rank 1 saw. pytest's own workers share one run."""
-    folder = tmp_path_factory.getbasetemp()
+    folder = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    folder = folder / "two_processes"
+    folder = folder / name
     folder.mkdir(exist_ok=True)
     files = [folder / f"results-{rank}.pt" for rank in range(2)]
     with FileLock(folder / "lock"):
         if not all(file.is_file() for file in files):
-            torch.save([with_clip(case) for case in CASES.values()], folder / "cases.pt")
+            torch.save([with_clip(case) for case in cases.values()], folder / "cases.pt")
             run_two_processes(["-m", "tests.distributed.worker", str(folder)], folder / "log")
     ranks = [torch.load(file, weights_only=False) for file in files]
-    return {key: [rank[key] for rank in ranks] for key in CASES}
+    return {key: [rank[key] for rank in ranks] for key in cases}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+    return results_of(CASES, "two_processes", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def results_of_every_class(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+    cases = {case.id: case for case in EVERY}
+    return results_of(cases, "two_processes_every_class", tmp_path_factory)
 
 
 # --- judging ----------------------------------------------------------------------------------------
@@ -237,7 +252,18 @@ def assert_step(case: Case, ranks: list[Result]) -> None:
 
 @pytest.mark.parametrize("case", [*EXACT, *PER_LAYER], ids=lambda case: case.id)
 def test_the_sum_is_that_of_one_process(case: Case, results: dict[str, list[Result]]) -> None:
-    ranks = results[case.id]
+    assert_sum(case, results[case.id])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.id)
+def test_every_class_has_the_sum_of_one_process(
+    case: Case, results_of_every_class: dict[str, list[Result]]
+) -> None:
+    assert_sum(case, results_of_every_class[case.id])
+
+
+def assert_sum(case: Case, ranks: list[Result]) -> None:
     assert_step(case, ranks)
     got = per_row_sum(case, ranks)
     errors = relative_errors(got, wanted_sums(case))

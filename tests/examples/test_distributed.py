@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from tests.distributed.torchrun import ROOT, run_two_processes
+from tests.support import others_slow
 
 EXAMPLES = ROOT / "examples"
 
@@ -45,7 +46,7 @@ def options(tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", others_slow(["ddp", "fsdp"], ["ddp"]))
 def test_two_processes(way: str, options: list[str], tmp_path: Path) -> None:
     """With two rows to a batch, most steps have a rank that draws none: they stay in step."""
     script = str(EXAMPLES / "distributed.py")

@@ -8,6 +8,7 @@ import head_study
 import pytest
 
 
+@pytest.mark.slow
 def test_the_study(
     checkpoint: Callable[[str, str], Path],
     reviews: Path,

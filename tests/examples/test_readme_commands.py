@@ -19,6 +19,7 @@ from dpzoo.cli import main
 from tests.docs.pages import PAGES
 from tests.examples.test_sst2_study import TINY as STUDY
 from tests.examples.tiny import SMALL
+from tests.support import others_slow
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,7 +88,12 @@ def test_pip_install_names_extras_that_there_are(command: str) -> None:
     assert set(asked) <= set(project["optional-dependencies"])
 
 
-@pytest.mark.parametrize("command", of("dpzoo "))
+BENCHES = of("dpzoo bench ")
+
+
+@pytest.mark.parametrize(
+    "command", others_slow(of("dpzoo "), [c for c in of("dpzoo ") if c not in BENCHES[1:]])
+)
 def test_command_line(
     command: str,
     checkpoint: Callable[[str, str], Path],

@@ -20,6 +20,7 @@ from tests.support import (
     batch_for,
     largest_error,
     oracle_gradients,
+    others_slow,
     stock_model,
     without_labels,
 )
@@ -65,7 +66,7 @@ def test_ghost_mode_refuses_per_layer_clipping() -> None:
         Step("BertForSequenceClassification", model, "ghost", clipping="per_layer")
 
 
-@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("mode", others_slow(ALL_MODES, ["bk", "ghost"]))
 def test_make_private_with_epsilon(mode: str) -> None:
     name = "DistilBertForSequenceClassification"
     model = dpzoo.convert(stock_model(name)).train()

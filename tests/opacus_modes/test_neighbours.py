@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import dpzoo
-from tests.modes import Step, oracle_norms
+from tests.modes import ALL_MODES, Step, oracle_norms
 from tests.support import (
+    A_FEW,
     NAMES,
     ROWS,
     batch_for,
@@ -14,8 +15,6 @@ from tests.support import (
     row_of,
     stock_model,
 )
-
-SLOW_MODES = ("functorch", "ew")
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
@@ -51,10 +50,18 @@ def test_isolation_of_norms(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode",
-    ["hooks", "ghost", "bk", *(pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW_MODES)],
+    ("name", "mode"),
+    [
+        pytest.param(
+            *(name, mode),
+            marks=()
+            if mode == "bk" or (name in A_FEW and mode in ("hooks", "ghost"))
+            else pytest.mark.slow,
+        )
+        for name in NAMES
+        for mode in ALL_MODES
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_sensitivity(name: str, mode: str) -> None:
     """Without row i the clipped sum moves by at most C, for C far below, near and far above."""
     stock = stock_model(name)

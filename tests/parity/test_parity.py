@@ -14,7 +14,7 @@ import dpzoo
 from dpzoo.errors import InputError, UnsupportedModelError
 from dpzoo.parity import Check, Parity, convert_checkpoint
 from dpzoo.parity.report import worst_of
-from tests.support import NAMES, TASK, stock_model
+from tests.support import A_FEW, NAMES, TASK, others_slow, stock_model
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def failed(parity: Parity) -> dict[str, str]:
     return {check.name: check.where for check in parity.checks if not check.ok}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", others_slow(NAMES, A_FEW))
 def test_every_class_is_equal(name: str, tmp_path: Path, target: Path) -> None:
     parity = convert_checkpoint(saved(tmp_path, name), target)
     assert parity.ok, parity

@@ -209,7 +209,10 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"batch_size": 1.5}, "The recipe has batch_size=1.5, wanted int"),
         ({"colour": "red"}, r"unknown keys \['colour'\], wanted data and any of"),
         ({"delta": 0.5}, r"target_delta=0.5 for \d+ rows, wanted at most"),
-        ({"model": "not/there.json"}, "transformers cannot load the model not/there.json: "),
+        (
+            {"model": "not/there.json"},
+            "There is no file not/there.json. Name the path of a config.json",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(options: dict[str, Any], message: str, folder: Path) -> None:
