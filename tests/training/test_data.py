@@ -11,7 +11,7 @@ import pytest
 import dpzoo
 from dpzoo.training import Recipe
 from dpzoo.training.data import Table, class_indices, guess_task, read_table, texts_of
-from dpzoo.training.run import _split
+from dpzoo.training.job import split
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -208,19 +208,15 @@ def test_a_row_added_or_removed_moves_no_other_one() -> None:
     texts = [f"row {i}" for i in range(400)]
     table = Table({"text": texts})
     task = guess_task(table)
-    train, held = (set(texts_of(part, "text")) for part in _split(table, task, Recipe("x")))
+    train, held = (set(texts_of(part, "text")) for part in split(table, task, Recipe("x")))
     assert train | held == set(texts)
     assert 20 < len(held) < 60
     json.dumps(sorted(held))
     for gone in (0, 7, 399):
         left = Table({"text": texts[:gone] + texts[gone + 1 :]})
-        fewer, held_fewer = (
-            set(texts_of(part, "text")) for part in _split(left, task, Recipe("x"))
-        )
+        fewer, held_fewer = (set(texts_of(part, "text")) for part in split(left, task, Recipe("x")))
         assert fewer == train - {texts[gone]}
         assert held_fewer == held - {texts[gone]}
-    twice = [
-        set(texts_of(p, "text")) for p in _split(Table({"text": texts * 2}), task, Recipe("x"))
-    ]
+    twice = [set(texts_of(p, "text")) for p in split(Table({"text": texts * 2}), task, Recipe("x"))]
     assert not twice[0] & twice[1]  # equal rows are on one side
-    assert held != set(texts_of(_split(table, task, Recipe("x", seed=1))[1], "text"))
+    assert held != set(texts_of(split(table, task, Recipe("x", seed=1))[1], "text"))

@@ -19,8 +19,9 @@ from dpzoo.cli import main
 from dpzoo.errors import InputError
 from dpzoo.heads import output_layer
 from dpzoo.training import Recipe
-from dpzoo.training import run as module
+from dpzoo.training import gradient_route as module
 from dpzoo.training.data import Task
+from dpzoo.training.job import Job
 from dpzoo.training.models import load
 from dpzoo.training.recipe import choose
 
@@ -142,11 +143,9 @@ def test_labels_are_those_of_the_answer(folder: Path) -> None:
     (folder / "pairs.csv").write_text(
         "prompt,completion\nab,cde\n" + "".join(f"x{i},y{i}\n" for i in range(40))
     )
-    job = module._Job(
-        Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), [], lambda line: None
-    )
+    job = Job(Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), [], lambda line: None)
     table = module.Table({"prompt": ["ab", "p" * 99], "completion": ["cde", "q" * 99]})
-    short, long = module._encode(job, table)
+    short, long = module.encode(job, table)
     a, end = ord("a") + 3, job.tokenizer.eos_token_id
     assert short["input_ids"] == [a, a + 1, end, a + 2, a + 3, a + 4, end]
     assert short["labels"] == [-100] * 3 + short["input_ids"][3:]
