@@ -28,7 +28,7 @@ from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
 from dpzoo.layers.lm_head import LMHead, TiedBias, retype_lm_head
 from dpzoo.layers.precision import refuse_loss_scale, upcast_samplers
-from dpzoo.losses import with_loss_per_sample
+from dpzoo.losses import batch_mean, with_loss_per_sample
 from dpzoo.models.fields import (
     COMMON_FIELDS,
     HARMLESS_ARGUMENTS,
@@ -342,6 +342,14 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
             of=f"{type(self).__name__}.forward()",
             advice="It has an entry for each token, those in the cache included: nonzero for real ones.",
         )
+
+    def _output(self, kind: Any, body: Any, losses: torch.Tensor | None, **fields: Any) -> Any:
+        """A task's output of a class ``kind``, with the rows' losses, (batch,) or None, and their mean."""
+        states, attentions = body.hidden_states, body.attentions
+        output = kind(
+            loss=batch_mean(losses), **fields, hidden_states=states, attentions=attentions
+        )
+        return self._finish(output, losses)
 
     def _finish(self, output: Any, losses: torch.Tensor | None) -> Any:
         """Attach the rows' losses, (batch,) or None, to an output; under Opacus, see `_upcast_samplers`.

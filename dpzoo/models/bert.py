@@ -20,11 +20,8 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
-    MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
     QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils.generic import can_return_tuple
@@ -40,7 +37,7 @@ from dpzoo.layers.attention import (
 from dpzoo.layers.checkpointing import CheckpointedLayer
 from dpzoo.layers.embeddings import HoldsTables, PositionEmbedding, TokenEmbedding, rows_of_ids
 from dpzoo.layers.lm_head import LMHead, TiedBias
-from dpzoo.losses import batch_mean, class_losses, token_losses
+from dpzoo.losses import class_losses, token_losses
 from dpzoo.models import heads
 from dpzoo.models.base import (
     ForwardArguments,
@@ -513,14 +510,13 @@ class BertForPreTraining(_BertLM):
             losses = losses + class_losses(
                 relationship_logits, next_sentence_label, "next_sentence_label"
             )
-        output = BertForPreTrainingOutput(
-            loss=batch_mean(losses),
+        return self._output(
+            BertForPreTrainingOutput,
+            body,
+            losses,
             prediction_logits=prediction_logits,
             seq_relationship_logits=relationship_logits,
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
         )
-        return self._finish(output, losses)
 
 
 class BertLMHeadModel(_BertLM, GenerationMixin):
@@ -637,25 +633,14 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
         )
         logits = self.cls.seq_relationship(body.pooler_output)
         losses = None if labels is None else class_losses(logits, labels)
-        output = NextSentencePredictorOutput(
-            loss=batch_mean(losses),
-            logits=logits,
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
-        )
-        return self._finish(output, losses)
+        return self._output(NextSentencePredictorOutput, body, losses, logits=logits)
 
 
-class BertForSequenceClassification(BertPreTrainedModel):
-    """A class, several classes, or numbers for each row, read off the pooled first token."""
+class BertTask:
+    """The forward pass of a task: ``_task`` of `dpzoo.models.heads`, with the class's own projection."""
 
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = BertModel(config)
-        self.dropout = nn.Dropout(classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    _task: Any
+    _project: Any
 
     @can_return_tuple
     def forward(
@@ -667,10 +652,9 @@ class BertForSequenceClassification(BertPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[ForwardArguments],
-    ) -> SequenceClassifierOutput:
-        """Inputs as in `BertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.sequence_classification(
-            self,
+    ) -> Any:
+        """Inputs as in `BertModel`; the class says what ``labels`` are."""
+        return self._task(
             self._project,
             labels,
             input_ids=input_ids,
@@ -681,12 +665,34 @@ class BertForSequenceClassification(BertPreTrainedModel):
             **kwargs,
         )
 
+
+class BertForSequenceClassification(BertTask, BertPreTrainedModel):
+    """A class, several classes, or numbers for each row, read off the pooled first token.
+
+    Labels as in `dpzoo.losses.sequence_losses`.
+    """
+
+    _task = heads.sequence_classification
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertModel(config)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
     def _project(self, body: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
         return self.classifier(self.dropout(body.pooler_output))
 
 
-class BertForMultipleChoice(BertPreTrainedModel):
-    """One of several sequences a row; the privacy unit stays the row, all its choices together."""
+class BertForMultipleChoice(BertTask, BertPreTrainedModel):
+    """One of several sequences a row; the privacy unit stays the row, all its choices together.
+
+    Inputs of shape (batch, num_choices, seq); ``labels`` (batch,).
+    """
+
+    _task = heads.multiple_choice
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -695,38 +701,19 @@ class BertForMultipleChoice(BertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> MultipleChoiceModelOutput:
-        """Inputs as in `BertModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
-        return heads.multiple_choice(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-
     def _project(
         self, body: BaseModelOutputWithPoolingAndCrossAttentions, num_choices: int
     ) -> torch.Tensor:
         return self.classifier(self.dropout(body.pooler_output))
 
 
-class BertForTokenClassification(BertPreTrainedModel):
-    """A class for each token."""
+class BertForTokenClassification(BertTask, BertPreTrainedModel):
+    """A class for each token.
+
+    ``labels`` (batch, seq), -100 where ignored.
+    """
+
+    _task = heads.token_classification
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -735,30 +722,6 @@ class BertForTokenClassification(BertPreTrainedModel):
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> TokenClassifierOutput:
-        """Inputs as in `BertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.token_classification(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(hidden))

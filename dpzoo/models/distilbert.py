@@ -17,11 +17,7 @@ from transformers import DistilBertConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutput,
-    MaskedLMOutput,
-    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Unpack
@@ -321,8 +317,41 @@ class DistilBertModel(DistilBertPreTrainedModel):
         )
 
 
-class DistilBertForMaskedLM(DistilBertPreTrainedModel):
-    """Prediction of masked tokens."""
+class _DistilBertTask(DistilBertPreTrainedModel):
+    """The forward pass of a task: ``_task`` of `dpzoo.models.heads`, with the class's own projection."""
+
+    _task: Any
+    _project: Any
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[ForwardArguments],
+    ) -> Any:
+        """Inputs as in `DistilBertModel`; the class says what ``labels`` are."""
+        return self._task(
+            self._project,
+            labels,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            **kwargs,
+        )
+
+
+class DistilBertForMaskedLM(_DistilBertTask):
+    """Prediction of masked tokens.
+
+    ``labels`` (batch, seq), -100 where ignored.
+    """
+
+    _task = heads.masked_lm
 
     _tied_weights_keys = {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
 
@@ -343,35 +372,18 @@ class DistilBertForMaskedLM(DistilBertPreTrainedModel):
         """Replace the vocabulary projection, bias included."""
         self.vocab_projector = new_embeddings
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> MaskedLMOutput:
-        """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.masked_lm(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            **kwargs,
-        )
-
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = self.vocab_layer_norm(self.activation(self.vocab_transform(hidden)))
         return self.vocab_projector(hidden)
 
 
-class DistilBertForSequenceClassification(DistilBertPreTrainedModel):
-    """A class, several classes, or numbers for each row, read off the first token."""
+class DistilBertForSequenceClassification(_DistilBertTask):
+    """A class, several classes, or numbers for each row, read off the first token.
+
+    Labels as in `dpzoo.losses.sequence_losses`.
+    """
+
+    _task = heads.sequence_classification
 
     def __init__(self, config: DistilBertConfig) -> None:
         super().__init__(config)
@@ -381,28 +393,6 @@ class DistilBertForSequenceClassification(DistilBertPreTrainedModel):
         self.classifier = nn.Linear(config.dim, config.num_labels)
         self.dropout = nn.Dropout(config.seq_classif_dropout)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> SequenceClassifierOutput:
-        """Inputs as in `DistilBertModel`; labels as in `dpzoo.losses.sequence_losses`."""
-        return heads.sequence_classification(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            **kwargs,
-        )
 
     def _project(self, body: BaseModelOutput) -> torch.Tensor:
         hidden = F.relu(self.pre_classifier(body.last_hidden_state[:, 0]))
@@ -449,8 +439,13 @@ class DistilBertForQuestionAnswering(DistilBertPreTrainedModel):
         return self.qa_outputs(self.dropout(hidden))
 
 
-class DistilBertForTokenClassification(DistilBertPreTrainedModel):
-    """A class for each token."""
+class DistilBertForTokenClassification(_DistilBertTask):
+    """A class for each token.
+
+    ``labels`` (batch, seq), -100 where ignored.
+    """
+
+    _task = heads.token_classification
 
     def __init__(self, config: DistilBertConfig) -> None:
         super().__init__(config)
@@ -460,34 +455,17 @@ class DistilBertForTokenClassification(DistilBertPreTrainedModel):
         self.classifier = nn.Linear(config.dim, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> TokenClassifierOutput:
-        """Inputs as in `DistilBertModel`; ``labels`` (batch, seq), -100 where ignored."""
-        return heads.token_classification(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            **kwargs,
-        )
-
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(hidden))
 
 
-class DistilBertForMultipleChoice(DistilBertPreTrainedModel):
-    """One of several sequences a row; the privacy unit stays the row, all its choices together."""
+class DistilBertForMultipleChoice(_DistilBertTask):
+    """One of several sequences a row; the privacy unit stays the row, all its choices together.
+
+    Inputs of shape (batch, num_choices, seq); ``labels`` (batch,).
+    """
+
+    _task = heads.multiple_choice
 
     def __init__(self, config: DistilBertConfig) -> None:
         super().__init__(config)
@@ -496,28 +474,6 @@ class DistilBertForMultipleChoice(DistilBertPreTrainedModel):
         self.classifier = nn.Linear(config.dim, 1)
         self.dropout = nn.Dropout(config.seq_classif_dropout)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> MultipleChoiceModelOutput:
-        """Inputs as in `DistilBertModel`, of shape (batch, num_choices, seq); ``labels`` (batch,)."""
-        return heads.multiple_choice(
-            self,
-            self._project,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            **kwargs,
-        )
 
     def _project(self, body: BaseModelOutput, num_choices: int) -> torch.Tensor:
         first = first_tokens(body.last_hidden_state, num_choices)

@@ -609,14 +609,8 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
         real = real_tokens(attention_mask, hidden)
         logits = self.score(hidden[rows, self._last_token(input_ids, real, len(hidden))])
         losses = None if labels is None else sequence_losses(logits, labels, self.config)
-        output = SequenceClassifierOutputWithPast(
-            loss=batch_mean(losses),
-            logits=logits,
-            **{CACHE: body.get(CACHE)},
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
-        )
-        return self._finish(output, losses)
+        fields = {"logits": logits, CACHE: body.get(CACHE)}
+        return self._output(SequenceClassifierOutputWithPast, body, losses, **fields)
 
     def _last_token(
         self, input_ids: torch.Tensor | None, real: torch.Tensor | None, batch: int

@@ -21,7 +21,6 @@ from transformers.modeling_outputs import (
 
 from dpzoo.errors import InputError
 from dpzoo.losses import (
-    batch_mean,
     causal_losses,
     class_losses,
     sequence_losses,
@@ -54,13 +53,7 @@ def _token_by_token(
     body = model.base_model(**inputs)
     logits = project(body.last_hidden_state)
     losses = None if labels is None else token_losses(logits, labels)
-    output = kind(
-        loss=batch_mean(losses),
-        logits=logits,
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
-    )
-    return model._finish(output, losses)
+    return model._output(kind, body, losses, logits=logits)
 
 
 def causal_lm(
@@ -83,14 +76,9 @@ def causal_lm(
         losses = token_losses(logits, shift_labels)
     elif labels is not None:
         losses = causal_losses(logits, labels)
-    output = CausalLMOutputWithCrossAttentions(
-        loss=batch_mean(losses),
-        logits=logits,
-        **{CACHE: body.get(CACHE)},
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
+    return model._output(
+        CausalLMOutputWithCrossAttentions, body, losses, logits=logits, **{CACHE: body.get(CACHE)}
     )
-    return model._finish(output, losses)
 
 
 def sequence_classification(
@@ -100,13 +88,7 @@ def sequence_classification(
     body = model.base_model(**inputs)
     logits = project(body)
     losses = None if labels is None else sequence_losses(logits, labels, model.config)
-    output = SequenceClassifierOutput(
-        loss=batch_mean(losses),
-        logits=logits,
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
-    )
-    return model._finish(output, losses)
+    return model._output(SequenceClassifierOutput, body, losses, logits=logits)
 
 
 def multiple_choice(
@@ -141,13 +123,7 @@ def multiple_choice(
     body = model.base_model(**inputs)
     logits = project(body, num_choices).reshape(batch, num_choices)
     losses = None if labels is None else class_losses(logits, labels)
-    output = MultipleChoiceModelOutput(
-        loss=batch_mean(losses),
-        logits=logits,
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
-    )
-    return model._finish(output, losses)
+    return model._output(MultipleChoiceModelOutput, body, losses, logits=logits)
 
 
 def question_answering(
@@ -167,14 +143,9 @@ def question_answering(
     if start_positions is not None and end_positions is not None:
         mask = inputs.get("attention_mask")
         losses = span_losses(start_logits, end_logits, start_positions, end_positions, mask)
-    output = QuestionAnsweringModelOutput(
-        loss=batch_mean(losses),
-        start_logits=start_logits,
-        end_logits=end_logits,
-        hidden_states=body.hidden_states,
-        attentions=body.attentions,
+    return model._output(
+        QuestionAnsweringModelOutput, body, losses, start_logits=start_logits, end_logits=end_logits
     )
-    return model._finish(output, losses)
 
 
 def refuse_choices(model: Any, hidden: torch.Tensor) -> None:

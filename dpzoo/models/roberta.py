@@ -29,12 +29,12 @@ from dpzoo.models.bert import (
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForQuestionAnswering,
-    BertForSequenceClassification,
     BertForTokenClassification,
     BertLayer,
     BertLMHeadModel,
     BertModel,
     BertPreTrainedModel,
+    BertTask,
     classifier_dropout,
 )
 from dpzoo.models.fields import TWO_LABELS
@@ -176,8 +176,10 @@ class RobertaForMaskedLM(_RobertaLM):
     forward = BertForMaskedLM.forward
 
 
-class RobertaForSequenceClassification(RobertaPreTrainedModel):
+class RobertaForSequenceClassification(BertTask, RobertaPreTrainedModel):
     """A class, several classes, or numbers for each row, read off the first token."""
+
+    _task = heads.sequence_classification
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__(config)
@@ -185,8 +187,6 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         self.roberta = RobertaModel(config, add_pooling_layer=False)
         self.classifier = RobertaClassificationHead(config)
         self.post_init()
-
-    forward = BertForSequenceClassification.forward
 
     def _project(self, body: BaseModelOutputWithPoolingAndCrossAttentions) -> torch.Tensor:
         return self.classifier(body.last_hidden_state)
@@ -229,8 +229,10 @@ class RobertaForMultipleChoice(RobertaPreTrainedModel):
     _project = BertForMultipleChoice._project
 
 
-class RobertaForTokenClassification(RobertaPreTrainedModel):
+class RobertaForTokenClassification(BertTask, RobertaPreTrainedModel):
     """A class for each token."""
+
+    _task = heads.token_classification
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__(config)
@@ -240,7 +242,6 @@ class RobertaForTokenClassification(RobertaPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    forward = BertForTokenClassification.forward
     _project = BertForTokenClassification._project
 
 

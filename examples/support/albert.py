@@ -18,10 +18,8 @@ from torch import nn
 from transformers import AlbertConfig
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
-    MaskedLMOutput,
 )
 from transformers.utils.generic import can_return_tuple
-from typing_extensions import Unpack
 
 from dpzoo.layers.attention import (
     attend,
@@ -34,14 +32,13 @@ from dpzoo.layers.embeddings import rows_of_ids
 from dpzoo.layers.lm_head import LMHead, TiedBias
 from dpzoo.models import heads
 from dpzoo.models.base import (
-    ForwardArguments,
     PerSampleModel,
     activation,
     one_input,
     refuse_arguments,
     refuse_too_long,
 )
-from dpzoo.models.bert import BertEmbeddings, BertForSequenceClassification
+from dpzoo.models.bert import BertEmbeddings, BertForSequenceClassification, BertTask
 
 
 class AlbertAttention(nn.Module):
@@ -275,8 +272,10 @@ class AlbertMLMHead(TiedBias):
         return self.decoder(self.LayerNorm(self.activation(self.dense(hidden))))
 
 
-class AlbertForMaskedLM(AlbertPreTrainedModel):
-    """Prediction of masked tokens."""
+class AlbertForMaskedLM(BertTask, AlbertPreTrainedModel):
+    """Prediction of masked tokens; ``labels`` (batch, seq), -100 where nothing is to predict."""
+
+    _task = heads.masked_lm
 
     _tied_weights_keys = {
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
@@ -297,33 +296,14 @@ class AlbertForMaskedLM(AlbertPreTrainedModel):
         """Replace the vocabulary projection, bias included."""
         self.predictions.set_decoder(new_embeddings)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[ForwardArguments],
-    ) -> MaskedLMOutput:
-        """Inputs as in `AlbertModel`; ``labels`` (batch, seq), -100 where nothing is to predict."""
-        return heads.masked_lm(
-            self,
-            self.predictions,
-            labels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.predictions(hidden)
 
 
-class AlbertForSequenceClassification(AlbertPreTrainedModel):
+class AlbertForSequenceClassification(BertTask, AlbertPreTrainedModel):
     """A class, several classes, or numbers for each row, read off the pooled first token."""
+
+    _task = heads.sequence_classification
 
     def __init__(self, config: AlbertConfig) -> None:
         super().__init__(config)
@@ -333,5 +313,4 @@ class AlbertForSequenceClassification(AlbertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    forward = BertForSequenceClassification.forward
     _project = BertForSequenceClassification._project
