@@ -30,7 +30,6 @@ physical batches of a logical batch that is noised once; without privacy, of an 
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
-DTYPES = ("float32", "bfloat16")
 
 PRESETS = {
     "bert-base": ("bert", "sequence-classification"),
