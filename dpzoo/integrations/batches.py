@@ -10,7 +10,10 @@ change, in a known way, the randomness of the rows after it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -170,3 +173,28 @@ class Without:
 def identity(batch: Any) -> Any:
     """The collator of batches that come collated."""
     return batch
+
+
+@contextlib.contextmanager
+def true_banner(physical: int, logical: int) -> Iterator[None]:
+    """Have Trainer's banner tell the batches that there are: its loop takes a logical batch for one."""
+    lines = {
+        "  Instantaneous batch size per device": f"  Rows in memory at a time = {physical:,}",
+        "  Total train batch size": f"  Rows of a logical batch (Poisson, expected) = {logical:,}",
+        "  Gradient Accumulation steps": "  Parts of a logical batch (on average) = "
+        f"{math.ceil(logical / physical):,}",
+    }
+
+    def corrected(record: logging.LogRecord) -> bool:
+        told = str(record.msg)
+        record.msg = next(
+            (line for begin, line in lines.items() if told.startswith(begin)), record.msg
+        )
+        return True
+
+    banner = logging.getLogger("transformers.trainer")
+    banner.addFilter(corrected)
+    try:
+        yield
+    finally:
+        banner.removeFilter(corrected)

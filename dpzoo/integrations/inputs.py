@@ -1,15 +1,18 @@
-"""The model and the data set that a private run can take."""
+"""The model, the data set, the losses and the subclass that a private run can take."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 
 from dpzoo.clipping.units import UnitRows
 from dpzoo.conversion import convert
 from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.losses import ModelLoss
 from dpzoo.models.base import PerSampleModel
 from dpzoo.modes import MODES
 
@@ -75,3 +78,58 @@ def length_of(dataset: Any, logical: int) -> int:
             f"at most as many. Lower gradient_accumulation_steps."
         )
     return len(dataset)
+
+
+def row_losses(trainer: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The rows' losses, (rows,): by the trainer's compute_loss or compute_loss_func, or the model's own.
+
+    Raises:
+        InputError: a function of the user's gives a loss of another shape.
+    """
+    base, rows, inputs = base_of(model), len(next(iter(inputs.values()))), dict(inputs)
+    if type(trainer).compute_loss is not Trainer.compute_loss:
+        losses, who = trainer.compute_loss(model, inputs), "compute_loss"
+    elif trainer.compute_loss_func is None and isinstance(base, PerSampleModel):
+        return ModelLoss(reduction="none")(model(**inputs))
+    else:
+        labels = inputs.pop("labels", None)
+        outputs = model(**inputs)
+        if trainer.compute_loss_func is None:
+            return ModelLoss(base, reduction="none")(outputs, labels)
+        who = "compute_loss_func"
+        losses = trainer.compute_loss_func(outputs, labels, num_items_in_batch=None)
+    if not isinstance(losses, torch.Tensor) or tuple(losses.shape) != (rows,):
+        got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+        raise InputError(
+            f"{who} gave a loss of shape {got}, wanted ({rows},): one for each row, of that row alone, "
+            f"without a mean over the batch."
+        )
+    return losses
+
+
+FIXED = (
+    "training_step",
+    "get_train_dataloader",
+    "_get_train_sampler",
+    "create_accelerator_and_postprocess",
+)
+
+
+def refuse_overridden(kind: type, base: type) -> None:
+    """Raise for methods that a private run has to have as they are.
+
+    Args:
+        kind: the trainer's class.
+        base: `DPTrainer`.
+
+    Raises:
+        InputError: a subclass overrides one.
+    """
+    for name in FIXED:
+        own = getattr(kind, name, None)
+        if own is not getattr(base, name, None):
+            raise InputError(
+                f"{kind.__name__} overrides {name}(), wanted DPTrainer's: batches are Poisson samples and "
+                f"steps are private. Override compute_loss() for a loss of your own (one for each row), "
+                f"data_collator for other batches, or a TrainerCallback for what happens between steps."
+            )

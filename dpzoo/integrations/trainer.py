@@ -12,22 +12,19 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
-    HubStrategy,
     TrainOutput,
     rotate_checkpoints,
 )
@@ -45,10 +42,12 @@ from dpzoo.integrations.batches import (
     Without,
     batch_key,
     identity,
+    true_banner,
 )
-from dpzoo.integrations.card import UNPUBLISHED, PrivacyCard, publishable
-from dpzoo.integrations.inputs import base_of, length_of, per_sample
+from dpzoo.integrations.card import PrivacyCard
+from dpzoo.integrations.inputs import length_of, per_sample, refuse_overridden, row_losses
 from dpzoo.integrations.plan import Plan, cost_of, fixed_bytes
+from dpzoo.integrations.publishing import PublishingTrainer
 from dpzoo.integrations.sharding import (
     gather_no_more,
     load_whole,
@@ -56,7 +55,6 @@ from dpzoo.integrations.sharding import (
     sharding_of,
     split_optimizer_state,
     whole_optimizer_state,
-    whole_state,
 )
 from dpzoo.integrations.state import (
     PrivacyState,
@@ -66,14 +64,12 @@ from dpzoo.integrations.state import (
     save_random_state,
 )
 from dpzoo.integrations.stepping import PrivateStep
-from dpzoo.losses import ModelLoss
-from dpzoo.models.base import PerSampleModel
 from dpzoo.poisson import rows_digest, seeded
 
 log = logging.getLogger(__name__)
 
 
-class DPTrainer(Trainer):
+class DPTrainer(PublishingTrainer):
     """`transformers.Trainer` with DP-SGD: per-row clipping, noise, Poisson sampling, accounting.
 
         trainer = DPTrainer(model=model, args=args, train_dataset=rows, eval_dataset=held_out,
@@ -143,7 +139,7 @@ class DPTrainer(Trainer):
         self._batch_key = batch_key(privacy.noise_seed)
         self._step: PrivateStep | None = None
         self._noise_state: dict[str, Any] | None = None
-        _refuse_overridden(type(self))
+        refuse_overridden(type(self), DPTrainer)
         if train_dataset is not None:
             self._count(train_dataset, args)
         model = None if model is None else per_sample(model, privacy.grad_sample_mode)
@@ -361,7 +357,7 @@ class DPTrainer(Trainer):
             shared = self._account.run, self._batch_key
             self._account.run, self._batch_key = ranks.share(shared)
         self.optimizer, self.lr_scheduler = self._given
-        with _true_banner(self._physical_rows, self.args.per_device_train_batch_size):
+        with true_banner(self._physical_rows, self.args.per_device_train_batch_size):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -593,26 +589,7 @@ class DPTrainer(Trainer):
         }
 
     def _row_losses(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        rows = len(next(iter(inputs.values())))
-        if type(self).compute_loss is not Trainer.compute_loss:
-            losses, who = self.compute_loss(model, dict(inputs)), "compute_loss"
-        elif self.compute_loss_func is not None:
-            inputs, who = dict(inputs), "compute_loss_func"
-            labels = inputs.pop("labels", None)
-            losses = self.compute_loss_func(model(**inputs), labels, num_items_in_batch=None)
-        else:
-            if isinstance(base_of(model), PerSampleModel):
-                return ModelLoss(reduction="none")(model(**inputs))
-            inputs = dict(inputs)
-            labels = inputs.pop("labels", None)
-            return ModelLoss(base_of(model), reduction="none")(model(**inputs), labels)
-        if not isinstance(losses, torch.Tensor) or tuple(losses.shape) != (rows,):
-            got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-            raise InputError(
-                f"{who} gave a loss of shape {got}, wanted ({rows},): one for "
-                f"each row, of that row alone, without a mean over the batch."
-            )
-        return losses
+        return row_losses(self, model, inputs)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast under bf16, in training and evaluation; under FSDP2 the layers see to it."""
@@ -629,82 +606,6 @@ class DPTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         # Trainer asks before the step, when there is no noise in the gradients yet: not private.
         return None
-
-    # --- what may be published ------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.delta is not None and self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            # A checkpoint's privacy.json is written last, and is what it is resumed by.
-            checkpoint = os.path.basename(folder).startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-            self.card().write(folder, state=not checkpoint, **self._metadata())
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's: a stock checkpoint, under FSDP2 too, where all ranks have to call it."""
-        if self._sharding is None:
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir or self.args.output_dir, state_dict=whole_state(self.model))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
-
-    def _metadata(self) -> dict[str, Any]:
-        base = getattr(base_of(self.model).config, "_name_or_path", "") if self.model else ""
-        return {"base_model": base if base and not os.path.exists(base) else None}
-
-    def create_model_card(self, **metadata: Any) -> None:
-        """The privacy card, in place of Trainer's, which shows losses of training rows.
-
-        Args:
-            **metadata: fields of `huggingface_hub.ModelCardData`.
-        """
-        self.card().write(self.args.output_dir, **{**self._metadata(), **metadata})
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **metadata: Any,
-    ) -> Any:
-        """As Trainer's: the model and its card, nothing that is secret or has losses of training rows."""
-        args = self.args
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        self.create_model_card(**metadata)
-        self._finish_current_push()
-        hub: Any = HfApi()
-        return hub.upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=args.output_dir,
-            commit_message=commit_message,
-            token=token or args.hub_token,
-            run_as_future=not blocking,
-            ignore_patterns=list(UNPUBLISHED),
-            revision=revision or getattr(args, "hub_revision", None),
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.hub_strategy != HubStrategy.END:
-            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
-
-    def save_state(self) -> None:
-        """As Trainer's, without the losses of training rows: it lies beside what is published."""
-        whole = self.state.log_history
-        self.state.log_history = [publishable(entry) for entry in whole]
-        try:
-            super().save_state()
-        finally:
-            self.state.log_history = whole
-
-    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
-        """As Trainer's, without the losses of training rows."""
-        super().save_metrics(split, publishable(metrics), combined)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -765,52 +666,3 @@ class DPTrainer(Trainer):
             super()._load_best_model()
         else:
             load_whole(self.model, str(self.state.best_model_checkpoint))
-
-
-@contextlib.contextmanager
-def _true_banner(physical: int, logical: int) -> Iterator[None]:
-    """Have Trainer's banner tell the batches that there are: its loop takes a logical batch for one."""
-    lines = {
-        "  Instantaneous batch size per device": f"  Rows in memory at a time = {physical:,}",
-        "  Total train batch size": f"  Rows of a logical batch (Poisson, expected) = {logical:,}",
-        "  Gradient Accumulation steps": "  Parts of a logical batch (on average) = "
-        f"{math.ceil(logical / physical):,}",
-    }
-
-    def corrected(record: logging.LogRecord) -> bool:
-        told = str(record.msg)
-        record.msg = next(
-            (line for begin, line in lines.items() if told.startswith(begin)), record.msg
-        )
-        return True
-
-    banner = logging.getLogger("transformers.trainer")
-    banner.addFilter(corrected)
-    try:
-        yield
-    finally:
-        banner.removeFilter(corrected)
-
-
-FIXED = (
-    "training_step",
-    "get_train_dataloader",
-    "_get_train_sampler",
-    "create_accelerator_and_postprocess",
-)
-
-
-def _refuse_overridden(kind: type) -> None:
-    """Raise for methods that a private run has to have as they are.
-
-    Raises:
-        InputError: a subclass overrides one.
-    """
-    for name in FIXED:
-        own = getattr(kind, name, None)
-        if own is not getattr(DPTrainer, name, None):
-            raise InputError(
-                f"{kind.__name__} overrides {name}(), wanted DPTrainer's: batches are Poisson samples and "
-                f"steps are private. Override compute_loss() for a loss of your own (one for each row), "
-                f"data_collator for other batches, or a TrainerCallback for what happens between steps."
-            )

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import dpzoo
 from dpzoo.integrations import PrivacyCard
-from dpzoo.integrations import trainer as module
+from dpzoo.integrations import publishing as module
 from dpzoo.integrations.card import UNPUBLISHED
 from dpzoo.integrations.plan import rounded_up
 from tests.integrations.runs import BERT, LOG, arguments, trainer_of
