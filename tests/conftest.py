@@ -80,3 +80,14 @@ def draws_by_torchs_seed(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     """Tests that repeat: engines draw their rows from torch's generator, which `seed` has set."""
     if request.node.get_closest_marker("secret_draws") is None:
         monkeypatch.setattr("dpzoo.clipping.engine.secret_generator", lambda: None)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """transformers says nothing of new parameters, tiny configs and training."""
+    import transformers  # after the environment is set
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)

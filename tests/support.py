@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.nn import functional as F
 
-from dpzoo.layers.lm_head import TiedBias
+from dpzoo.layers.embeddings import PositionEmbedding, TokenEmbedding
+from dpzoo.layers.lm_head import LMHead, TiedBias
 from dpzoo.layers.transposed import TransposedProjections
 from dpzoo.registry import CLASSES, class_by_name, stock_class
 
@@ -30,6 +32,9 @@ TIED = [
     if TASK[name] in ("masked-lm", "causal-lm", "pre-training", "double-heads")
 ]
 """The classes with a vocabulary projection."""
+
+SPARE_BIAS = [name for name in TIED if FAMILY[name] in ("bert", "roberta")]
+"""Classes whose stock class has a second bias beside the decoder's."""
 
 ROWS, SEQ, CHOICES, VOCAB, PAD = 4, 9, 3, 61, 1
 
@@ -369,3 +374,27 @@ def tied_groups(model: torch.nn.Module) -> set[frozenset[str]]:
         if isinstance(module, TiedBias):
             groups.setdefault(id(module.bias), set()).add(f"{prefix}.bias")
     return {frozenset(names) for names in groups.values()}
+
+
+def module_types(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def assert_parts_keep_their_types(zoo: Any) -> None:
+    """Opacus finds a sampler by the exact type of a module."""
+    assert type(zoo.get_input_embeddings()) is TokenEmbedding
+    positions = [m for m in zoo.modules() if type(m) is PositionEmbedding]
+    assert len(positions) == 1
+    head = zoo.get_output_embeddings()
+    if head is not None:
+        tied = head.weight is zoo.get_input_embeddings().weight
+        assert type(head) is (LMHead if tied else nn.Linear)
+
+
+def head_name(name: str) -> str:
+    return {
+        "bert": "cls.predictions.decoder.weight",
+        "roberta": "lm_head.decoder.weight",
+        "distilbert": "vocab_projector.weight",
+        "gpt2": "lm_head.weight",
+    }[FAMILY[name]]

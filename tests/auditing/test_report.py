@@ -14,7 +14,7 @@ from dpzoo.auditing.check_names import FORMER_NAMES
 from dpzoo.auditing.report import SEVERITIES
 from dpzoo.auditing.run import chosen
 from dpzoo.errors import InputError
-from tests.auditing.planted import HIDDEN, Flattening, Positions, floats, ids
+from tests.auditing.planted_models import HIDDEN, Flattening, Positions, floats, ids
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import nn
 
 import dpzoo
 from dpzoo.auditing import audit
-from tests.auditing.planted import ids
+from tests.auditing.planted_models import ids
 from tests.support import batch_for, stock_model
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 
 from dpzoo.errors import InputError, UnsupportedModelError
-from tests.clipping.test_draws import Numbered, Run
+from tests.clipping.runs import Numbered, Run
 
 MODES = ("bk", "ghost", "hooks")
 

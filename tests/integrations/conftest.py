@@ -4,16 +4,11 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-import transformers
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+def quiet_runs(quiet: None) -> None:
     """Trainer prints its logs, and transformers what it thinks of tiny configs."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 @pytest.fixture(autouse=True, scope="module")
