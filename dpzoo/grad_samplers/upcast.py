@@ -7,7 +7,7 @@ numbers is exact in float32.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from opacus.grad_sample import register_grad_sampler, register_norm_sampler
@@ -34,30 +34,22 @@ def without_autocast(sampler: Sampler[Layer]) -> Sampler[Layer]:
     return run
 
 
-@register_grad_sampler(UpcastLinear)
-@without_autocast
-def linear_grad_sample(
-    layer: UpcastLinear, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> Samples:
-    """Opacus' per-sample gradients of a linear layer, (batch, out, in) and (batch, out)."""
-    inputs = upcast(activations[0].to(backprops.dtype))
-    return compute_linear_grad_sample(layer, [inputs], upcast(backprops))
+def upcast_sampler(compute: Sampler[Any], *, rounded: bool = False) -> Sampler[Any]:
+    """One of Opacus' samplers, of upcast numbers.
+
+    Args:
+        compute: Opacus'.
+        rounded: whether the layer rounds its input to its output's dtype.
+    """
+
+    @without_autocast
+    def sample(layer: Any, activations: list[torch.Tensor], backprops: torch.Tensor) -> Samples:
+        inputs = activations[0].to(backprops.dtype) if rounded else activations[0]
+        return compute(layer, [upcast(inputs)], upcast(backprops))
+
+    return sample
 
 
-@register_norm_sampler(UpcastLinear)
-@without_autocast
-def linear_norm_sample(
-    layer: UpcastLinear, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> Samples:
-    """Opacus' norms of the per-sample gradients of a linear layer, (batch,)."""
-    inputs = upcast(activations[0].to(backprops.dtype))
-    return compute_linear_norm_sample(layer, [inputs], upcast(backprops))
-
-
-@register_grad_sampler(UpcastLayerNorm)
-@without_autocast
-def layer_norm_grad_sample(
-    layer: UpcastLayerNorm, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> Samples:
-    """Opacus' per-sample gradients of a LayerNorm, (batch, hidden)."""
-    return compute_layer_norm_grad_sample(layer, [upcast(activations[0])], upcast(backprops))
+register_grad_sampler(UpcastLinear)(upcast_sampler(compute_linear_grad_sample, rounded=True))
+register_norm_sampler(UpcastLinear)(upcast_sampler(compute_linear_norm_sample, rounded=True))
+register_grad_sampler(UpcastLayerNorm)(upcast_sampler(compute_layer_norm_grad_sample))
