@@ -293,17 +293,9 @@ def fit_head(
     Args:
         head: maps the columns of `data` but the last to logits (rows, classes). Its parameters become 0.
         data: columns of features, and (rows,) labels.
-        epsilon: as in `train_head`, and so are the others.
-        delta: of the guarantee.
-        epochs: expected number of times that a row is drawn.
-        batch_size: expected rows of a step.
-        learning_rate: the first one, from epsilon 8 on.
-        momentum: of SGD.
-        max_grad_norm: C.
         averaged_share: the share of the steps, the last ones, whose weights are averaged.
-        accountant: "prv" or "rdp".
-        progress: as in `train_head`.
-        canaries: as in `train_head`; which of them a row is stands in the last column of features.
+        canaries: as in `train_head`, and so are the others; which canary a row is stands in the last column
+            of features.
 
     Returns:
         What was spent.

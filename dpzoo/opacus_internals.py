@@ -143,10 +143,8 @@ def forget_skips(optimizer: Any) -> None:
 @contextmanager
 def without_noise(optimizer: Any) -> Iterator[float]:
     """Have ``add_noise`` add none; gives the standard deviation that it would have had."""
-    both = (
-        "noise_multiplier",
-        "_adjusted_noise_multiplier",
-    )  # adaptive clipping's, of the gradients
+    # The second is adaptive clipping's, of the gradients.
+    both = ("noise_multiplier", "_adjusted_noise_multiplier")
     names = [name for name in both if getattr(optimizer, name, None) is not None]
     kept = {name: getattr(optimizer, name) for name in names}
     for name in names:

@@ -13,11 +13,7 @@ from dpzoo.errors import InputError
 
 
 class EachRow(BookKeepingOptimizer):
-    """Stands where the private optimizer does: keeps each row's share of the sums, unclipped.
-
-    Args:
-        parameters: those that are trained.
-    """
+    """Stands where the private optimizer does: keeps each row's share of the sums, unclipped."""
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         super().__init__(

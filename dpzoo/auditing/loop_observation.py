@@ -17,15 +17,7 @@ MOST_BATCHES = 16
 def observe(
     module: nn.Module, loop: Any, step: Callable[[Any], Any], scheduler: Any, record: Record
 ) -> None:
-    """Run a loop's body on batches until it took two steps, and report what it does to the gradients.
-
-    Args:
-        module: the model beneath the wrapper.
-        loop: the loop's objects.
-        step: its body.
-        scheduler: its scheduler, or None.
-        record: where to write.
-    """
+    """Run a loop's body on batches until it took two steps, and report what it does to the gradients."""
     optimizer = loop.optimizer
     parameters = list(optimizer.params)
     seen = _Seen()

@@ -90,13 +90,7 @@ class _RowCount(Draws):
 
 
 class Trials:
-    """Runs of a loop's body.
-
-    Args:
-        loop: the loop's objects.
-        body: takes a batch.
-        scheduler: the loop's, or None.
-    """
+    """Runs of a loop's body."""
 
     def __init__(self, loop: Loop, body: Callable[[Any], Any], scheduler: Any) -> None:
         self.loop, self.body, self.scheduler = loop, body, scheduler
@@ -259,14 +253,7 @@ class Trials:
 
 
 def trials(loop: Loop, body: Callable[[Any], Any], scheduler: Any, record: Record) -> None:
-    """Run the body on draws that differ in one thing, and judge what differs by it.
-
-    Args:
-        loop: the loop's objects.
-        body: takes a batch.
-        scheduler: the loop's, or None.
-        record: where to write.
-    """
+    """Run the body on draws that differ in one thing, and judge what differs by it."""
     size = loop.size()
     if size is None or size < 2:
         record.skip("trials of the body: the loader has no data set of rows, and no collator")

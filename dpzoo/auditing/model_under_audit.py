@@ -34,14 +34,9 @@ class ModelUnderAudit:
     """A model and a batch under audit.
 
     Args:
-        model: the user's; not touched.
-        batch: the user's.
-        loss: see `dpzoo.audit`.
-        max_grad_norm: see `dpzoo.audit`.
-        modes: see `dpzoo.audit`.
+        model, batch, loss, max_grad_norm, modes, unit_ids: as `dpzoo.audit`'s; the model is not touched.
         rows_as_given: keep the number of rows of the batch.
         quick: take fewer rows.
-        unit_ids: see `dpzoo.audit`.
     """
 
     def __init__(

@@ -10,11 +10,7 @@ from dpzoo.auditing.numerics import errors
 
 
 class Record:
-    """The findings of one check, and what it had to leave out.
-
-    Args:
-        name: the check's name.
-    """
+    """The findings of one check, and what it had to leave out."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -57,11 +57,6 @@ class Peak:
 def measure(workload: Workload, mode: str, processes: int = PROCESSES) -> Peak:
     """Peak memory of a mode: of some new processes, the one in the middle.
 
-    Args:
-        workload: what is trained.
-        mode: of `dpzoo.bench.MODES`.
-        processes: how many.
-
     Raises:
         MeasurementError: a process failed; with the end of what it said.
     """

@@ -91,9 +91,8 @@ class Workload:
                     f"layers={self.layers} goes with a preset, got the checkpoint {self.model!r}. "
                     f"Leave it out, or use one of {', '.join(PRESETS)}."
                 )
-            model = load(
-                self.model, self.task, fresh=True
-            )  # a step takes as long with random weights
+            # A step takes as long with random weights.
+            model = load(self.model, self.task, fresh=True)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -149,10 +148,6 @@ class Workload:
 class Step:
     """A training step of a workload in a mode.
 
-    Args:
-        workload: what is trained.
-        mode: of `MODES`.
-
     Raises:
         InputError: no such mode; or "stock" with LoRA, which has no counterpart to take apart.
     """
@@ -179,9 +174,8 @@ class Step:
     def _make_private(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         by_criterion = PRIVATE_MODES[self.mode].criterion
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # no secure mode, no Poisson sampling: nothing is released
+            # No secure mode, no Poisson sampling: nothing is released.
+            warnings.simplefilter("ignore")
             made = PrivacyEngine(accountant="rdp").make_private(
                 module=model,
                 optimizer=optimizer,

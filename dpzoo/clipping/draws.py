@@ -393,12 +393,7 @@ class _CountedLoader(DataLoader[Any]):
 
 
 def count_draws(loader: DataLoader[Any], draws: Draws) -> DataLoader[Any]:
-    """Have a loader's draws noted; it is changed in place.
-
-    Args:
-        loader: with a batch sampler.
-        draws: where they are noted.
-    """
+    """Have a loader's draws noted; it is changed in place."""
     # A DataLoader does not allow another sampler or class.
     loader.__dict__["batch_sampler"] = CountedSampler(loader.batch_sampler, draws)
     loader.__class__ = type(type(loader).__name__, (_CountedLoader, type(loader)), {})

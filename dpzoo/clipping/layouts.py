@@ -53,11 +53,7 @@ class Indexed:
 
 
 class Mixed:
-    """Entries that depend on several rows.
-
-    Args:
-        function: that combined them.
-    """
+    """Entries that depend on several rows."""
 
     __slots__ = ("function",)
 

@@ -450,9 +450,8 @@ def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
         made: Any = copy.copy(value)
         for key, item in value.items():
             made[key] = _mapped(change, item)
-        for key, item in getattr(
-            value, "__dict__", {}
-        ).items():  # of dpzoo's outputs: the rows' losses
+        # Of dpzoo's outputs: the rows' losses.
+        for key, item in getattr(value, "__dict__", {}).items():
             object.__setattr__(made, key, _mapped(change, item))
         return made
     return value

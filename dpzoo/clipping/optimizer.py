@@ -30,11 +30,7 @@ from dpzoo.opacus_internals import (
 
 
 class Release:
-    """Numbers and names the steps of a run, and writes them to its ledger.
-
-    Args:
-        noise: the source of the noise.
-    """
+    """Numbers and names the steps of a run, and writes them to its ledger."""
 
     def __init__(self, noise: NoiseSource) -> None:
         self.noise = noise
@@ -103,7 +99,35 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
+class OneGradient:
+    """Mixed into private optimizers: a step takes one gradient, and every step hook is called."""
+
+    step_hook: Any
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """A private step.
+
+        Raises:
+            InputError: a closure is given; the rows that came are not those of one draw.
+        """
+        if closure is not None:
+            raise InputError(
+                "The private optimizer's step() got a closure, wanted none: call backward() before it."
+            )
+        return super().step()  # type: ignore[misc]
+
+    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
+        """As Opacus', after the hooks that are there: the accountant's stays."""
+        before = self.step_hook
+
+        def both(optimizer: Any) -> None:
+            before(optimizer)
+            fn(optimizer)
+
+        self.step_hook = fn if before is None else both
+
+
+class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
     """A `DPOptimizer` whose gradients arrive clipped and summed in ``summed_grad``.
 
     Args:
@@ -313,18 +337,6 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             self._forget()
         self.original_optimizer.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """A private step.
-
-        Raises:
-            InputError: a closure is given; the rows that came are not those of one draw.
-        """
-        if closure is not None:
-            raise InputError(
-                "The private optimizer's step() got a closure, wanted none: call backward() before it."
-            )
-        return super().step()
-
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noise and scale the sums, unless the step is one of a logical batch's earlier parts."""
         if skips_next(self):
@@ -345,11 +357,6 @@ class BookKeepingOptimizer(DPOptimizerFastGradientClipping):
             raise
         note_step(self)
         return True
-
-    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
-        """As Opacus', after the hooks that are there: the accountant's stays."""
-        own: Any = self
-        own.step_hook = _after(own.step_hook, fn)
 
     def add_noise(self) -> None:
         """Turn the sums, in place, into the noised and scaled gradients."""
@@ -483,7 +490,7 @@ class ShardedBookKeepingOptimizer(DistributedBookKeepingOptimizer):
         self.release.was_new = self.ranks.meet("entry in the ledger", self.release.was_new)[0]
 
 
-class OpacusStep:
+class OpacusStep(OneGradient):
     """Mixed into the optimizers of Opacus' modes: the draws are counted, and the noise has a secret key."""
 
     release: Release
@@ -500,19 +507,6 @@ class OpacusStep:
                     self.draws.take(sum(len(part) for part in parts))
                     break
         super().clip_and_accumulate()  # type: ignore[misc]
-
-    def step(self, closure: Any = None) -> Any:
-        """As Opacus', without a closure."""
-        if closure is not None:
-            raise InputError(
-                "The private optimizer's step() got a closure, wanted none: call backward() before it."
-            )
-        return super().step()  # type: ignore[misc]
-
-    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
-        """As Opacus', after the hooks that are there: the accountant's stays."""
-        own: Any = self
-        own.step_hook = _after(own.step_hook, fn)
 
     def add_noise(self) -> None:
         """As Opacus', with noise from the release's source."""
@@ -544,18 +538,6 @@ class OpacusStep:
             parameter.summed_grad = None
             parameter.grad_sample = None
         forget_skips(own)
-
-
-def _after(before: Callable[[Any], None] | None, fn: Callable[[Any], None]) -> Any:
-    """A step hook that is two."""
-    if before is None:
-        return fn
-
-    def both(optimizer: Any) -> None:
-        before(optimizer)
-        fn(optimizer)
-
-    return both
 
 
 def with_release(

@@ -93,9 +93,6 @@ class Ranks:
     def agree(self, terms: dict[str, Any]) -> None:
         """Wait for all ranks, and compare what they train on.
 
-        Args:
-            terms: name -> value.
-
         Raises:
             InputError: a value is not the same on all ranks; the message names all of those.
             RankError: as of `meet`.
@@ -221,9 +218,8 @@ class Shards:
         self._groups = [group for s in states.values() for group in s._fsdp_param_groups]
         self.named = list(model.named_parameters())
         self.ranks = Ranks.present()
-        self._events: list[
-            tuple[bool, Any]
-        ] = []  # (left, not entered; module), since the last backward
+        # (left, not entered; module), since the last backward
+        self._events: list[tuple[bool, Any]] = []
         self._position, self._finish, self._finishing = 0, lambda: None, False
         for name, parameter in self.named:
             _refuse_placement(name, parameter)

@@ -28,10 +28,6 @@ def per_sample(model: Any, mode: str) -> nn.Module:
     In mode "bk" any other model goes through as it is, PEFT models around stock ones too: its rows'
     losses come from `dpzoo.ModelLoss`.
 
-    Args:
-        model: a transformers, dpzoo or PEFT model.
-        mode: the run's ``grad_sample_mode``.
-
     Raises:
         UnsupportedModelError: in other modes than "bk", a model that dpzoo does not have, or a PEFT model
             around a stock one.
@@ -117,10 +113,6 @@ FIXED = (
 
 def refuse_overridden(kind: type, base: type) -> None:
     """Raise for methods that a private run has to have as they are.
-
-    Args:
-        kind: the trainer's class.
-        base: `DPTrainer`.
 
     Raises:
         InputError: a subclass overrides one.

@@ -15,10 +15,6 @@ from dpzoo.opacus_internals import under_ghost
 def refuse_unclipped(loss: torch.Tensor | None, model: nn.Module) -> None:
     """Have the backward pass of a reduced loss raise in ghost mode.
 
-    Args:
-        loss: a model's reduced loss, or None.
-        model: the model.
-
     Raises:
         InputError: in the backward pass, if the model is under ghost mode.
     """

@@ -90,10 +90,6 @@ def refuse_loss_scale(losses: torch.Tensor | None, model: nn.Module) -> None:
     A scaler multiplies the loss by a power of two. Norms are then taken of scaled gradients, so that
     every row is clipped, however short its gradient.
 
-    Args:
-        losses: the rows' losses, (batch,), or None.
-        model: the model that they come from.
-
     Raises:
         InputError: in the backward pass, if the gradient of all rows' losses is one number of at
             least `SMALLEST_SCALE` that is a power of two, or is one when multiplied by the number of

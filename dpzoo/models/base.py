@@ -227,9 +227,7 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
         weights = re.escape(f"model.{variant}" if variant else "model")
         old = re.compile(rf"{weights}(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?")
         place.parent.mkdir(parents=True, exist_ok=True)
-        adapters = getattr(
-            self, "_hf_peft_config_loaded", False
-        )  # which are all that is written then
+        adapters = getattr(self, "_hf_peft_config_loaded", False)  # then nothing else is written
         with whole_folder(place, keep=lambda name: adapters or not old.fullmatch(name)) as folder:
             super().save_pretrained(folder, is_main_process, **settings)
 

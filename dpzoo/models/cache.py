@@ -28,9 +28,6 @@ CACHE: str = next(
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a forward pass with an argument ``cache`` take it under each of its names.
 
-    Args:
-        forward: a method with a parameter ``cache``.
-
     Returns:
         The method. `inspect.signature`, by which callers find out about a model, gives the parameter
         the installed version's name.

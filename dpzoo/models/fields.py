@@ -211,11 +211,6 @@ def read_fields(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
 def refuse_checkpoint(cls: Any, name_or_path: Any, **kwargs: Any) -> None:
     """Raise for a checkpoint that a class would not read, or could not, before it is tried.
 
-    Args:
-        cls: the class that is loaded.
-        name_or_path: hub id or folder.
-        **kwargs: of ``from_pretrained``.
-
     Raises:
         UnsupportedModelError: it is of another family.
         UnsupportedConfigError: as `refuse_sizes`, for the checkpoint's config and for overrides of it.

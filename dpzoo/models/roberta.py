@@ -100,9 +100,7 @@ class RobertaModel(RobertaPreTrainedModel, BertModel):
     def _default_positions(
         self, input_ids: torch.Tensor | None, seq: int, past: int, device: torch.device
     ) -> torch.Tensor:
-        padding = (
-            self.embeddings.padding_idx
-        )  # as the model was built, whatever the config says now
+        padding = self.embeddings.padding_idx  # of the model as built, whatever the config says now
         if input_ids is None:  # padding cannot be told from embeddings
             return torch.arange(padding + 1, padding + 1 + seq, device=device).unsqueeze(0)
         real = input_ids.ne(padding).long()

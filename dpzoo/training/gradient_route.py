@@ -222,9 +222,8 @@ class _Watching(TrainerCallback):
         self.canaries.see(state.global_step, self.scale)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if (
-            control.should_save
-        ):  # before the checkpoint, which may be the last thing that is written
+        # Before the checkpoint, which may be the last thing that is written.
+        if control.should_save:
             self.canaries.save(self.path)
 
 

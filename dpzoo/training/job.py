@@ -28,11 +28,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Job:
     """A recipe with its data, model and choices: what both routes need.
 
-    Args:
-        recipe: the run's.
-        by_hand: names of what a person set.
-        say: takes lines for a person.
-
     Raises:
         InputError: as `dpzoo.training.run.train`.
     """
