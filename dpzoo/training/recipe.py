@@ -15,6 +15,8 @@ from dpzoo.training.data import CLASSIFICATION, LANGUAGE_MODELLING
 TRAINABLE = ("head", "lora", "bias", "all")
 ENOUGH_SIGNAL = 10.0
 """Signal to noise of the whole run (`Plan.signal`) from which on every parameter is trained."""
+LEAST_LENGTH = 4
+"""Tokens: of a prompt, a text and the ends of both."""
 FEW_ROWS = 100_000
 """Below so many rows, a classifier's head alone is trained where every parameter is too much."""
 
@@ -51,7 +53,8 @@ class Recipe:
         heldout_share: chance of a row to be held out, decided by a hash of the row alone.
         seed: of the split and of new weights; not of batches and noise, whose keys are secret.
         statistics: keep rows' norms and clipped shares in OUT.run. Not private.
-        canaries: rows more, by which the run bounds its own epsilon from below (`dpzoo.GradientCanaries`).
+        canaries: rows more, by which the run bounds its own epsilon from below (`dpzoo.GradientCanaries`);
+            at most as many as training rows (units, with ``unit``): they take their share of every batch.
 
     Raises:
         InputError: a value out of range.
@@ -101,6 +104,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value!r}, wanted a number above 0.")
+        if self.max_length is not None and self.max_length < LEAST_LENGTH:
+            raise InputError(
+                f"max_length={self.max_length!r}, wanted at least {LEAST_LENGTH} tokens."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed!r}, wanted a whole number from 0, below 2**32.")
+        if not self.out.strip():
+            raise InputError(f"out={self.out!r}, wanted the name of a folder.")
         if self.canaries is not None and self.canaries < 2:
             raise InputError(
                 f"canaries={self.canaries!r}, wanted at least 2; 500 bound epsilon well."

@@ -53,6 +53,8 @@ RECIPE_NAME = "recipe.json"
 CANARIES_NAME = "canaries.npz"
 MEASURED_AT = 1e-5
 """Delta of the bound by canaries. Their number times it has to be far below 1; 1 / units is too much."""
+MOST_CANARIES = 1
+"""For each unit to train on."""
 NUMBER = "canary"
 """The column that says which canary a row is."""
 LOG_NAME = "log_not_private.csv"
@@ -212,7 +214,8 @@ class _Job:
         )
         say(f"task      {task.name}: {task.reason}")
         if recipe.eval:
-            self.train_rows, self.heldout = table, read_table(recipe.eval, recipe.header)
+            self.train_rows = table
+            self.heldout = read_table(recipe.eval, recipe.header, least=1)
         else:
             self.train_rows, self.heldout = _split(table, task, recipe)
         self.rows = len(self.train_rows)
@@ -222,6 +225,11 @@ class _Job:
             )
         both = self.train_rows, self.heldout
         self.owners = texts_of(self.train_rows, recipe.unit) if recipe.unit else None
+        if self.owners is not None and not all(self.owners):
+            raise InputError(
+                f"Row {self.owners.index('') + 1} of those to train on has nothing in column "
+                f"{recipe.unit!r}, wanted whose it is in every row."
+            )
         self.units = len(set(self.owners)) if self.owners else self.rows
         if recipe.unit in _INPUTS:
             raise InputError(
@@ -230,9 +238,19 @@ class _Job:
         self.classes, self.heldout_classes = (
             class_indices(rows, task) if task.label else [] for rows in both
         )
-        texts_of(self.heldout, task.text)  # is there, or an error before anything is spent
+        for rows in both:  # or an error before anything is spent
+            if not any(map(str.strip, texts_of(rows, task.text))):
+                raise InputError(
+                    f"Column {task.text!r} is blank in all {len(rows)} rows, wanted texts."
+                )
         whose = f" of {self.units:,} {recipe.unit!r}" if recipe.unit else ""
         say(f"split     {self.rows:,} rows{whose} to train on, {len(self.heldout):,} held out")
+        if (recipe.canaries or 0) > MOST_CANARIES * self.units:
+            raise InputError(
+                f"canaries={recipe.canaries!r} for {self.units:,} {'units' if recipe.unit else 'rows'} to "
+                f"train on, wanted at most as many. They are rows among the data: more than half of every "
+                f"batch would be canaries."
+            )
         self.canaries = None if recipe.canaries is None else GradientCanaries(recipe.canaries)
         if self.canaries is not None:
             self.rows, self.units = self.rows + len(self.canaries), self.units + len(self.canaries)
@@ -459,8 +477,8 @@ class _Gradients:
     def _plant(self, canaries: GradientCanaries) -> None:
         """Put the canaries' rows behind the others, which have none in their loss."""
         canaries.join(self.model)
-        token = self.encoded[0]["input_ids"][0]
-        empty = {name: [0] * 2 for name in self.encoded[0]} | {"input_ids": [token] * 2}
+        names, token = self.encoded[0], _token(self.job.tokenizer)
+        empty: dict[str, Any] = {name: [0] * 2 for name in names} | {"input_ids": [token] * 2}
         empty |= {"attention_mask": [1] * 2, "labels": -100 if self.job.task.label else [-100] * 2}
         self.encoded = [{**row, NUMBER: canaries.none} for row in self.encoded]
         for number in range(len(canaries)):
@@ -472,8 +490,7 @@ class _Gradients:
     def _measure(self) -> None:
         """The rows in memory at a time, by made-up rows of the greatest length."""
         job, recipe = self.job, self.job.recipe
-        token = job.tokenizer.eos_token_id or job.tokenizer.pad_token_id or 0
-        ids = torch.full((2, job.length), token, device=_DEVICE)
+        ids = torch.full((2, job.length), _token(job.tokenizer), device=_DEVICE)
         labels = torch.zeros(2, dtype=torch.long, device=_DEVICE) if job.task.label else ids
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         self.cost = cost_of(self.model.to(_DEVICE), batch, 2)
@@ -635,7 +652,7 @@ def _encode(job: _Job, table: Table) -> list[dict[str, Any]]:
     task, tokenizer, length = job.task, job.tokenizer, job.length
     texts = texts_of(table, task.text)
     if task.label:
-        rows = tokenizer(texts, truncation=True, max_length=length)
+        rows = tokenizer(heads.filled(tokenizer, texts), truncation=True, max_length=length)
         names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in rows]
         return [
             {**{name: rows[name][i] for name in names}, "labels": label}
@@ -654,6 +671,11 @@ def _encode(job: _Job, table: Table) -> list[dict[str, Any]]:
         labels = [-100] * len(prompt) + ids[len(prompt) :]
         found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return found
+
+
+def _token(tokenizer: Any) -> int:
+    """One for a row that says nothing."""
+    return int(tokenizer.eos_token_id or tokenizer.pad_token_id or 0)
 
 
 def _free_memory() -> float:

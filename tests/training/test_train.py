@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import dpzoo
@@ -213,6 +214,14 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             {"model": "not/there.json"},
             "There is no file not/there.json. Name the path of a config.json",
         ),
+        ({"max_length": 3}, "max_length=3, wanted at least 4 tokens"),
+        ({"seed": -1}, "seed=-1, wanted a whole number from 0, below"),
+        ({"seed": 2**32}, "seed=4294967296, wanted a whole number"),
+        ({"out": " "}, "out=' ', wanted the name of a folder"),
+        (
+            {"canaries": 10**12},
+            r"canaries=1000000000000 for \d+ rows to train on, wanted at most as",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(options: dict[str, Any], message: str, folder: Path) -> None:
@@ -293,6 +302,80 @@ def test_the_recipes_are_read(path: Path) -> None:
     assert told.given().keys() >= {"eval", "model", "epochs", "batch_size", "learning_rate"}
 
 
+# --- texts of nothing ---------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, cls: Any) -> str:
+    """A GPT-2 with a tokenizer that makes no token of the empty text, as its published one."""
+    marks = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {mark: i for i, mark in enumerate([*marks, "<|endoftext|>"])}
+    tokenizer = transformers.GPT2Tokenizer(vocab=vocabulary, merges=[])
+    assert tokenizer("")["input_ids"] == []
+    config = transformers.GPT2Config(**GPT2, vocab_size=len(vocabulary))
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = len(marks)
+    torch.manual_seed(0)
+    cls(config).save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    return str(folder / "checkpoint")
+
+
+@pytest.mark.parametrize("trainable", ["head", "bias", "all"])
+def test_some_texts_may_be_empty_the_first_too(trainable: str, folder: Path) -> None:
+    rows = [{"text": "" if i < 60 else f"row {i}", "label": "np"[i % 2]} for i in range(80)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = checkpoint(folder, transformers.GPT2ForSequenceClassification)
+    run = dpzoo.train(recipe(folder, trainable=trainable, model=name, canaries=4, seed=1))
+    assert run.metrics is not None
+    assert 0 <= run.metrics["accuracy"] <= 1
+
+
+def test_empty_texts_of_a_language_model(folder: Path) -> None:
+    rows = [{"text": "" if i < 60 else f"row {i}"} for i in range(80)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = checkpoint(folder, transformers.GPT2LMHeadModel)
+    run = dpzoo.train(recipe(folder, model=name, trainable="all", canaries=4))
+    assert run.metrics is not None
+    assert 0 < run.metrics["loss"] < 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": " "}] * 9, "'text' is blank in all 9 rows|too few rows to hold some out"),
+        ([{"text": " " * i} for i in range(1, 40)], r"Column 'text' is blank in all \d+ rows, wanted"),
+        ([{"text": "same"}] * 9, "has too few rows to hold some out"),
+        ([{"text": "a"}], "has fewer than 2 rows: no batch hides one row"),
+        ([{"text": "a"}, {"text": "b"}], "has too few rows to hold some out"),
+    ],
+)  # fmt: skip
+def test_rows_that_say_nothing(rows: list[Any], message: str, folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(dpzoo.InputError, match=message):
+        dpzoo.train(recipe(folder))
+
+
+def test_every_row_needs_an_owner(folder: Path) -> None:
+    rows = [{"text": f"row {i}", "user": None if i == 7 else f"u{i}"} for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = recipe(folder, unit="user", text="text", task="language-modelling", seed=1)
+    with pytest.raises(
+        dpzoo.InputError, match=r"Row \d+ .* has nothing in column 'user', wanted whose"
+    ):
+        dpzoo.train(told)
+
+
+def test_all_texts_may_be_equal_and_a_class_may_be_missing_among_the_rows(folder: Path) -> None:
+    """Rows of one text are learned as any others; the majority's accuracy is what there is to say."""
+    rows = [{"text": "same", "label": "np"[i % 2]} for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "eval.jsonl").write_text(json.dumps(rows[0]))
+    told = recipe(folder, "bert", trainable="head", eval=str(folder / "eval.jsonl"))
+    run = dpzoo.train({**told, "labels": "n,p,q"})
+    assert run.metrics is not None
+    stock = AutoModelForSequenceClassification.from_pretrained(folder / "out")
+    assert stock.config.id2label == {0: "n", 1: "p", 2: "q"}
+
+
 # --- canaries -----------------------------------------------------------------------------------
 
 
@@ -332,10 +415,13 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("trainable", ["head", "lora", "all"])
-def test_a_canary_is_in_the_steps_that_draw_it(trainable: str, folder: Path) -> None:
+def test_a_canary_is_in_the_steps_that_draw_it(
+    trainable: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through draw, loss, clipping, sum and noise: C at its entry with the sample rate, or nothing."""
     model = "bert" if trainable == "head" else "gpt2"
     told = {"canaries": 300, "epsilon": 8.0, "epochs": 3, "trainable": trainable}
+    monkeypatch.setattr(module, "MOST_CANARIES", 10)  # a row, so that few rows are read
     run = dpzoo.train(recipe(folder, model, **told, batch_size=60))
     assert run.card is not None
     with np.load(folder / "out.run" / "canaries.npz") as kept:
