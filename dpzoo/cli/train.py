@@ -13,7 +13,7 @@ from typer import Argument, Option
 from dpzoo.errors import InputError
 from dpzoo.training import Recipe, train
 from dpzoo.training.data import TASKS
-from dpzoo.training.recipe import TRAINABLE
+from dpzoo.training.recipe import TRAINABLE, written
 
 _WHAT = "Train a model on the rows of a file with differential privacy, and say what it cost."
 EPILOG = """\
@@ -101,10 +101,7 @@ def run(options: Any) -> int:
     if options.header is False:
         given["header"] = False
     if options.data.endswith((".yaml", ".yml")):
-        given = {
-            **Recipe.of(options.data).given(),
-            **{k: v for k, v in given.items() if k != "data"},
-        }
+        given = {**written(options.data), **{k: v for k, v in given.items() if k != "data"}}
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # "new head, train it": we do
 

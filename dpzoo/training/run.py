@@ -29,7 +29,7 @@ from transformers import (
 from dpzoo import heads
 from dpzoo.accounting import epsilon_of
 from dpzoo.empirical import GradientCanaries, RunReport, audit_run
-from dpzoo.errors import InputError
+from dpzoo.errors import InputError, first_line
 from dpzoo.files import write_text
 from dpzoo.integrations import DPTrainer, Plan, PrivacyArguments, PrivacyCard, StatisticsCallback
 from dpzoo.integrations.accounting import noise_for
@@ -44,7 +44,7 @@ from dpzoo.training.data import (
     texts_of,
 )
 from dpzoo.training.models import hub_id, load, make_trainable, model_name
-from dpzoo.training.recipe import DEFAULTS, MAX_LENGTH, Recipe, choose, logical_batch
+from dpzoo.training.recipe import DEFAULTS, MAX_LENGTH, Recipe, choose, logical_batch, written
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +107,17 @@ def train(
         The saved weights satisfy the card's (epsilon, delta) for one row of the training data. The loss and
         the accuracy that are said do not.
     """
-    recipe, by_hand = _resumed(Recipe.of(recipe), resume)
+    wrote = written(recipe)
+    recipe = Recipe.of(wrote)
+    wrote = {name: getattr(recipe, name) for name in wrote}
+    if resume:
+        recipe, wrote = _resumed(recipe, wrote)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"dpzoo.train runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}. Start it without "
             f"torchrun, or train with dpzoo.integrations.DPTrainer, which runs in several."
         )
-    job = _Job(recipe, by_hand, say)
+    job = _Job(recipe, wrote, say)
     plan = job.plan()
     say(str(plan))
     if dry_run:
@@ -164,23 +168,36 @@ def _audit(canaries: GradientCanaries, card: PrivacyCard) -> RunReport:
     )
 
 
-def _resumed(recipe: Recipe, resume: bool) -> tuple[Recipe, list[str]]:
-    """The recipe to run, with what was chosen if it is resumed, and the names of what a person set."""
+def _resumed(recipe: Recipe, wrote: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that a run was begun with, what was chosen included, and what a person wrote of it.
+
+    Args:
+        recipe: of the run that goes on.
+        wrote: the fields that were written for it. None leaves a choice to dpzoo, which was made.
+    """
     path = Path(f"{recipe.out}.run") / RECIPE_NAME
-    if not resume:
-        return recipe, [name for name in _TUNABLE if getattr(recipe, name) is not None]
     if not path.is_file():
         raise InputError(f"There is no run to resume: {path} does not exist. Leave resume out.")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    kept = Recipe(**saved["recipe"])
-    changed = {k: v for k, v in recipe.given().items() if getattr(kept, k) != v}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kept, first = Recipe.of(saved["recipe"]), dict(saved["written"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({first_line(error)}), so it is not known what the run was begun with. "
+            f"Restore it, or begin a new run with another out: the two runs' epsilons then add up."
+        ) from None
+    changed = {
+        name: value
+        for name, value in wrote.items()
+        if value is not None and value not in (getattr(kept, name), first.get(name))
+    }
     if changed:
         raise InputError(
             f"The run is resumed with {changed}, and it was begun with "
             f"{ {key: getattr(kept, key) for key in changed} }. Leave them out, or begin a new run with "
             f"another out: the two runs' epsilons then add up."
         )
-    return kept, saved["by_hand"]
+    return kept, first
 
 
 def _refuse_used(job: _Job, resume: bool) -> None:
@@ -198,8 +215,9 @@ def _refuse_used(job: _Job, resume: bool) -> None:
 class _Job:
     """A recipe with its data, model and choices: what both routes need."""
 
-    def __init__(self, recipe: Recipe, by_hand: list[str], say: Say) -> None:
-        self.say, self.by_hand, self.work = say, by_hand, Path(f"{recipe.out}.run")
+    def __init__(self, recipe: Recipe, wrote: dict[str, Any], say: Say) -> None:
+        self.say, self.wrote, self.work = say, wrote, Path(f"{recipe.out}.run")
+        by_hand = [name for name in _TUNABLE if wrote.get(name) is not None]
         table = read_table(recipe.data, recipe.header)
         self.task = task = guess_task(
             table,
@@ -496,9 +514,9 @@ class _Gradients:
         self.cost = cost_of(self.model.to(_DEVICE), batch, 2)
         room = 0.5 * _free_memory() - fixed_bytes(self.model)
         most = min(job.batch, _MOST_IN_MEMORY[_DEVICE])
-        physical = recipe.physical_batch_size or 2 ** int(
-            math.log2(max(1, min(most, room / self.cost.bytes)))
-        )
+        physical = min(recipe.physical_batch_size or job.batch, job.batch)
+        if recipe.physical_batch_size is None:
+            physical = 2 ** int(math.log2(max(1, min(most, room / self.cost.bytes))))
         # A logical batch is a whole number of physical ones.
         parts = max(1, round(job.batch / physical))
         physical = min(physical, max(1, job.units // parts))
@@ -583,7 +601,7 @@ class _Gradients:
         job = self.job
         job.work.mkdir(parents=True, exist_ok=True)
         path = job.work / RECIPE_NAME
-        kept = {"recipe": asdict(self._kept()), "by_hand": job.by_hand}
+        kept = {"recipe": asdict(self._kept()), "written": job.wrote}
         write_text(path, json.dumps(kept, indent=1) + "\n")
         self.trainer = self._trainer(job.work)
         self.before = None if job.task.label else self.trainer.evaluate()["eval_loss"]

@@ -144,7 +144,7 @@ def test_labels_are_those_of_the_answer(folder: Path) -> None:
         "prompt,completion\nab,cde\n" + "".join(f"x{i},y{i}\n" for i in range(40))
     )
     job = module._Job(
-        Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), [], lambda line: None
+        Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), {}, lambda line: None
     )
     table = module.Table({"prompt": ["ab", "p" * 99], "completion": ["cde", "q" * 99]})
     short, long = module._encode(job, table)
@@ -171,12 +171,14 @@ def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[st
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def killed(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-    told = recipe(folder, trainable="all", epochs=2)
+    told = recipe(folder, trainable="all", epochs=2, physical_batch_size=500, lora_rank=8, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(module._ProgressLog, "on_step_end", killed, raising=False)
         with pytest.raises(KeyboardInterrupt):
@@ -188,7 +190,31 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         dpzoo.InputError, match=r"resumed with {'epochs': 9.0}, and .* {'epochs': 2.0}"
     ):
         dpzoo.train({**told, "epochs": 9}, resume=True)
-    run = dpzoo.train({"data": told["data"], "out": told["out"]}, resume=True)
+    # A default that was written is a value as any other.
+    for name, value in {"epsilon": 8, "lora_rank": 4, "seed": 7, "heldout_share": 0.2}.items():
+        with pytest.raises(
+            dpzoo.InputError, match=f"resumed with {{'{name}': .*, and it was begun with"
+        ):
+            dpzoo.train({**told, name: value}, resume=True)
+    options = ["--out", told["out"], "--resume", "--epsilon", "8"]
+    assert main(["train", told["data"], *options]) == 2
+    said = "resumed with {'epsilon': 8.0}, and it was begun with {'epsilon': 3.0}"
+    assert said in capsys.readouterr().err
+    saved = (folder / "out.run" / "recipe.json").read_text()
+    for damaged in (
+        saved[:-9],
+        saved.replace('"recipe"', '"other"'),
+        saved.replace("3.0", '"much"'),
+    ):
+        (folder / "out.run" / "recipe.json").write_text(damaged)
+        with pytest.raises(
+            dpzoo.InputError, match=r"recipe.json is damaged \(.*\), so it is not known"
+        ):
+            dpzoo.train(told, resume=True)
+    (folder / "out.run" / "recipe.json").write_text(saved)
+    # What was chosen in the place of what was written is no change of it.
+    assert json.loads(saved)["recipe"]["physical_batch_size"] < 500
+    run = dpzoo.train(told, resume=True)
     assert run.card is not None
     assert run.card.steps == run.plan.steps == 2 * -(-run.plan.units // 16)
     assert run.card.epsilon <= 3.0  # the step that was done again is the same one
@@ -261,16 +287,37 @@ def test_an_encoder_is_no_language_model(folder: Path) -> None:
 def test_a_recipe_file_and_options_over_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [f"{key}: {value}" for key, value in recipe(folder).items()]
+    lines = [f"{key}: {value}" for key, value in recipe(folder).items() if key != "epsilon"]
     (folder / "run.yaml").write_text("\n".join([*lines, "learning_rate: 1e-3", "epsilon: 5"]))
     assert Recipe.of(folder / "run.yaml").learning_rate == 1e-3
     assert main(["train", str(folder / "run.yaml"), "--epsilon", "2", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "epsilon 2 at" in told
     assert "learning rate 0.001" in told
-    (folder / "empty.yaml").write_text("- a\n")
-    with pytest.raises(dpzoo.InputError, match="has no `key: value` lines"):
-        Recipe.of(folder / "empty.yaml")
+    for text, message in (
+        ("- a\n", "has no `key: value` lines"),
+        ("data: a.tsv\nepsilon: 1\nepsilon: 9\n", "has epsilon more than once, wanted one value"),
+        (
+            "data: [a\n",
+            r"cannot be read as YAML in UTF-8: while parsing a flow sequence in .* line 2",
+        ),
+        ("data: " + "[" * 3000, "cannot be read as YAML in UTF-8: "),
+        ("data: caf\udce9\n", "cannot be read as YAML in UTF-8: 'utf-8' codec can't decode"),
+        ("data: a.tsv\nout: null\n", "has out=None, wanted str"),
+        ("data: a.tsv\nepsilon: null\n", "has epsilon=None, wanted float"),
+        ("data: a.tsv\nlabels: [no, yes]\n", r"has labels=\[False, True\], wanted str"),
+        ("data: a.tsv\nlabel: no\n", "has label=False, wanted str"),
+        ("data: a.tsv\nheader: perhaps\n", "has header='perhaps', wanted bool"),
+        ("data: a.tsv\ncanaries: .inf\n", "has canaries=inf, wanted int"),
+        ("data: a.tsv\nepsilon: .nan\n", "epsilon=nan, wanted a number above 0"),
+        ("data: a.tsv\nepochs: yes\n", "has epochs=True, wanted float"),
+        ("1: 2\ndata: a.tsv\n", r"has unknown keys \['1'\], wanted data and any of"),
+    ):
+        (folder / "bad.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(dpzoo.InputError, match=message):
+            Recipe.of(folder / "bad.yaml")
+    with pytest.raises(dpzoo.InputError, match="has epsilon='8 or so', wanted float"):
+        Recipe("a.tsv", epsilon="8 or so")  # type: ignore[arg-type]
     assert main(["train", str(folder / "gone.csv")]) == 2
 
 
