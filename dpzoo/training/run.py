@@ -43,7 +43,7 @@ from dpzoo.training.data import (
     read_table,
     texts_of,
 )
-from dpzoo.training.models import hub_id, load, make_trainable, model_name
+from dpzoo.training.models import hub_id, load, make_trainable, model_name, refuse_wordless
 from dpzoo.training.recipe import DEFAULTS, MAX_LENGTH, Recipe, choose, logical_batch, written
 
 log = logging.getLogger(__name__)
@@ -279,6 +279,7 @@ class _Job:
         self.name = model_name(recipe.model, task)
         transformers.set_seed(recipe.seed)  # new weights
         self.model, self.tokenizer, self.scratch = load(self.name, task)
+        refuse_wordless(self.name, self.tokenizer, texts_of(self.train_rows, task.text))
         count = self.model.num_parameters()
         self.delta = PrivacyArguments(
             target_epsilon=recipe.epsilon, target_delta=recipe.delta

@@ -573,6 +573,60 @@ def test_only_a_head_may_be_new(folder: Path) -> None:
         dpzoo.train(recipe(folder, model=str(folder / "model")))
 
 
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (lambda f: None, "The tokenizer of .*checkpoint knows no word of the first .* texts; it has ."),
+        (lambda f: (f / "config.json").write_text("{"), r"cannot be loaded by transformers \(OSE"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "b\\ud800"}'), "cannot be loaded by"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "checkpoint cannot be loaded by transformers"),
+        (lambda f: (f / "tokenizer.json").write_text("[" * 10**5), "cannot be loaded by transformers"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), r"by transformers \(SafetensorError"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 9), r"by transformers \(Safetens"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.index"), "no file named model.safetensors"),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_cannot_be_trained(breaks: Any, message: str, folder: Path) -> None:
+    name = checkpoint(folder, transformers.GPT2ForSequenceClassification)
+    if message.startswith("The tokenizer"):
+        for path in Path(name).glob("*token*"):
+            path.unlink()
+    breaks(Path(name))
+    with pytest.raises(dpzoo.InputError, match=message) as stop:
+        dpzoo.train(recipe(folder, model=name))
+    assert "\n" not in str(stop.value)
+    assert ".." not in str(stop.value).replace("...", "")
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    name = checkpoint(folder, transformers.GPT2ForSequenceClassification)
+    config = transformers.GPT2Config(**GPT2, vocab_size=99, pad_token_id=1)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(name)
+    with pytest.raises(dpzoo.InputError, match="has 257 tokens and its model a table of 99"):
+        dpzoo.train(recipe(folder, model=name))
+
+
+def test_a_bad_model_from_scratch_is_one_sentence_after_another(folder: Path) -> None:
+    for fields, message in (
+        (
+            {**GPT2, "n_head": 5},
+            r"cannot make a model of .*gpt2.json: .*[^.]\. Name another with model",
+        ),
+        ({**GPT2, "n_layer": 10**9}, "has config.n_layer=1000000000, wanted a whole number"),
+        ({"n_layer": 1}, r"cannot make a model of .*[^.]\. Name another with model"),
+        (
+            {**GPT2, "activation_function": "none"},
+            r"cannot make a model of .*: none\. Name|'none'\. Name",
+        ),
+    ):
+        (folder / "gpt2.json").write_text(json.dumps(fields))
+        with pytest.raises((dpzoo.InputError, dpzoo.UnsupportedConfigError), match=message):
+            dpzoo.train(recipe(folder))
+    (folder / "gpt2.json").write_text("nonsense")
+    with pytest.raises(dpzoo.InputError, match=r"is not a valid JSON file\. Name another"):
+        dpzoo.train(recipe(folder))
+
+
 def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
