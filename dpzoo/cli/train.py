@@ -27,7 +27,8 @@ not.
 
 exit status:
   0  the model was saved; or, with --dry-run, planned
-  1  the model was saved, and its canaries show more than the accounted epsilon
+  1  the model was saved, and its canaries show more than the accounted epsilon:
+     the largest of their bounds, which the card has, is above it
   2  it could not run: the file, its columns, the model, an option; nothing was
      released
 

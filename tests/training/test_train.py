@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import dpzoo
 from dpzoo.accounting import epsilon_of
 from dpzoo.cli import main
+from dpzoo.empirical.one_run import ASSUMES, Bound
 from dpzoo.errors import InputError
 from dpzoo.heads import output_layer
 from dpzoo.training import Recipe
@@ -441,7 +442,9 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
     assert run.audit.epsilon == epsilon_of("prv", history, 1e-5) > run.card.epsilon
     saved = json.loads((folder / "out" / "privacy.json").read_text())
     assert saved["measured"] == {
-        "epsilon_at_least": run.audit["any mechanism"].epsilon,
+        "epsilon_at_least": run.audit.epsilon_lower,
+        "assuming": ASSUMES[run.audit.largest.name],
+        "epsilon_at_least_assuming_nothing": run.audit["any mechanism"].epsilon,
         "epsilon_accounted": run.audit.epsilon,
         "delta": 1e-5,
         "confidence": 0.95,
@@ -449,7 +452,8 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
     }
     text = (folder / "out" / "README.md").read_text()
     assert re.search(
-        r"Epsilon, measured \| at least \d.\d\d at delta 1e-05, where \d+.\d+ is", text
+        r"Epsilon, measured \| at least \d.\d\d, assuming .*; at delta 1e-05, where \d+.\d+ is",
+        text,
     )
     assert any(line.startswith("measured  audit of a run: no bound") for line in said)
     with np.load(folder / "out.run" / "canaries.npz") as kept:
@@ -543,6 +547,28 @@ def test_a_bound_above_the_account_is_said_and_is_status_1(
     assert main(["train", str(folder / "rows.jsonl"), *words]) == 1
     assert "measured  audit of a run: FAILED: epsilon is not what" in capsys.readouterr().out
     assert "**audit of a run: FAILED" in (folder / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", list(ASSUMES))
+def test_status_and_card_go_by_the_same_bound_the_largest(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the three it is: a card never shows less than what made the status 1."""
+    audit = module.audit_run
+
+    def with_one_above(*args: Any, **options: Any) -> dpzoo.RunReport:
+        report = audit(*args, **options)
+        report.bounds = [Bound(b.name, 9.876 if b.name == name else 0.12) for b in report.bounds]
+        return report
+
+    monkeypatch.setattr(module, "audit_run", with_one_above)
+    words = ["--model", str(folder / "gpt2.json"), "--out", str(folder / "out"), "--epochs", "1"]
+    words += ["--epsilon", "0.5", "--canaries", "10", "--batch-size", "16"]
+    assert main(["train", str(folder / "rows.jsonl"), *words]) == 1
+    card = (folder / "out" / "README.md").read_text()
+    assert f"Epsilon, measured | at least 9.87, assuming {ASSUMES[name]};" in card
+    assert ("at least 0.12, assuming nothing" in card) == (name != "any mechanism")
+    assert "**audit of a run: FAILED" in card
 
 
 # --- the checkpoint that is trained -------------------------------------------------------------
