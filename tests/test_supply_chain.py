@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,7 @@ AWAY = "ConnectionError: Name or service not known"
 @pytest.mark.parametrize(
     ("answers", "status", "out", "err"),
     [
-        ({"pypi": [CLEAN, {**BAD, "vulns": []}]}, 0, "2 of 2 pinned versions could be looked up, known", ""),
+        ({"pypi": [CLEAN, {**BAD, "vulns": []}]}, 0, "2 of 2 pinned versions could be looked up", ""),
         ({"pypi": [CLEAN, BAD]}, 1, "b 2: X-1, mended in ['3']\n2 of 2 pinned versions could", ""),
         # "No known vulnerabilities found", says pip-audit, with status 0.
         ({"pypi": [SKIPPED, CLEAN]}, 3, "1 of 2 pinned versions", f"pypi: not found: a; osv: {AWAY}"),
@@ -88,6 +89,21 @@ def test_a_database_out_of_reach_is_no_clean_bill(
     page = (tmp_path / "page.md").read_text()
     assert page.count("Last look") == 1
     assert captured.out.splitlines()[-1] in page
+
+
+@pytest.mark.parametrize("python", ["/no/python3.10", sys.executable])
+def test_pins_of_an_old_python_are_resolved_with_it_alone(
+    python: str, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip's --python-version leaves markers as they are: the pins would be those of the running one."""
+    monkeypatch.setattr(script, "OLD_PYTHON", "3.10" if sys.version_info[:2] != (3, 10) else "3.9")
+    monkeypatch.setattr(script.sys, "version_info", (3, 11))
+    monkeypatch.setattr(script, "resolved", lambda python: pytest.fail("resolved"))
+    monkeypatch.setenv("OLD_PYTHON", python)
+    with pytest.raises(
+        SystemExit, match=r"wanted a Python 3\.\d+, for whose pins pip has to run with it"
+    ):
+        script.constraints()
 
 
 def test_the_pins_of_both_pythons_are_asked_for(script: Any) -> None:
