@@ -5,6 +5,12 @@ Every message names the thing, the value got, the value wanted and the next step
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, without its full stop, to be a part of a sentence; its type, if nothing."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:200].rstrip(". ") or type(error).__name__
+
+
 class DpzooError(Exception):
     """Base class of every error that dpzoo raises on purpose."""
 

@@ -159,6 +159,7 @@ def read_features(
         raise InputError("read_features got 0 texts, wanted at least one.")
     path, layer = output_layer(model)
     training = model.training
+    texts = filled(tokenizer, texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []
     done, total = 0, sum(map(len, texts))
@@ -182,6 +183,13 @@ def read_features(
         model.train(training)
     values = torch.cat(parts)
     return torch.empty_like(values).index_copy_(0, torch.tensor(order), values)
+
+
+def filled(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Texts of at least one token: where a tokenizer makes none of the empty text, it is the end token."""
+    if tokenizer("")["input_ids"]:
+        return list(texts)
+    return [text or tokenizer.eos_token or tokenizer.pad_token for text in texts]
 
 
 def train_head(

@@ -318,9 +318,13 @@ def test_a_broken_checkpoint_is_one_clear_line_in_every_command(
 def test_a_missing_folder_is_no_hub_id_and_a_hub_out_of_reach_is_asked_once(
     name: str, message: str, tmp_path: Path, capsys: Any
 ) -> None:
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("".join(f"text {i}\t{i % 2}\n" for i in range(40)))
     for command, words in (("convert", [str(tmp_path / "out")]), ("audit", []), ("bench", [])):
         assert main([command, name, *words]) == 2
         assert message in capsys.readouterr().err
+    assert main(["train", str(rows), "--model", name]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_file_is_no_checkpoint(source: Path, capsys: Any) -> None:

@@ -2,8 +2,10 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,25 +46,71 @@ def test_pins_have_a_line_for_each_python_where_they_differ(script: Any) -> None
     ]
 
 
+CLEAN, SKIPPED = (
+    {"name": "a", "version": "1", "vulns": []},
+    {"name": "A", "skip_reason": "not found: a"},
+)
+BAD = {"name": "b", "version": "2", "vulns": [{"id": "X-1", "fix_versions": ["3"]}]}
+AWAY = "ConnectionError: Name or service not known"
+
+
 @pytest.mark.parametrize(
-    ("code", "out", "err", "status", "said"),
+    ("answers", "status", "out", "err"),
     [
-        (0, "", "No known vulnerabilities found", 0, ""),
-        (1, "Found 1 known vulnerability", "", 1, ""),
-        (1, "", "ConnectionError: Name or service not known", 3, "is out of reach, so that nothing"),
-        (1, "", "ValueError: a bad line", 2, "pip-audit failed: ValueError: a bad line"),
+        ({"pypi": [CLEAN, {**BAD, "vulns": []}]}, 0, "2 of 2 pinned versions could be looked up", ""),
+        ({"pypi": [CLEAN, BAD]}, 1, "b 2: X-1, mended in ['3']\n2 of 2 pinned versions could", ""),
+        # "No known vulnerabilities found", says pip-audit, with status 0.
+        ({"pypi": [SKIPPED, CLEAN]}, 3, "1 of 2 pinned versions", f"pypi: not found: a; osv: {AWAY}"),
+        ({"pypi": [SKIPPED, BAD], "esms": [CLEAN]}, 1, "X-1, mended in ['3']\n2 of 2 pinned", ""),
+        ({}, 3, "0 of 2 pinned versions could be looked up", f"nothing is known: pypi: {AWAY}"),
     ],
 )  # fmt: skip
 def test_a_database_out_of_reach_is_no_clean_bill(
-    code: int, out: str, err: str, status: int, said: str, script: Any, capsys: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    answers: dict[str, Any], status: int, out: str, err: str, script: Any, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     def run(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
-        asked = "pip_audit" in command
-        return subprocess.CompletedProcess(command, code if asked else 0, out, err)
+        if "pip_audit" not in command:
+            return subprocess.CompletedProcess(command, 0, "", "")
+        found = answers.get(command[command.index("-s") + 1])
+        text = "" if found is None else json.dumps({"dependencies": found})
+        return subprocess.CompletedProcess(command, found is None, text, AWAY)
 
+    (tmp_path / "pins.txt").write_text('# pins\na==1\nb==2 ; python_version >= "3.11"\n')
+    (tmp_path / "page.md").write_text("# Licences\n\nLast look for known vulnerabilities: never\n")
+    monkeypatch.setattr(script, "PINS", tmp_path / "pins.txt")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(script.subprocess, "run", run)
     assert script.vulnerabilities() == status
     captured = capsys.readouterr()
-    assert captured.out == out
-    assert said in captured.err
+    assert out in captured.out
+    assert err in captured.err
+    assert bool(captured.err) == bool(err)
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("Last look") == 1
+    assert captured.out.splitlines()[-1] in page
+
+
+@pytest.mark.parametrize("python", ["/no/python3.10", sys.executable])
+def test_pins_of_an_old_python_are_resolved_with_it_alone(
+    python: str, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip's --python-version leaves markers as they are: the pins would be those of the running one."""
+    monkeypatch.setattr(script, "OLD_PYTHON", "3.10" if sys.version_info[:2] != (3, 10) else "3.9")
+    monkeypatch.setattr(script.sys, "version_info", (3, 11))
+    monkeypatch.setattr(script, "resolved", lambda python: pytest.fail("resolved"))
+    monkeypatch.setenv("OLD_PYTHON", python)
+    with pytest.raises(
+        SystemExit, match=r"wanted a Python 3\.\d+, for whose pins pip has to run with it"
+    ):
+        script.constraints()
+
+
+def test_the_pins_of_both_pythons_are_asked_for(script: Any) -> None:
+    new, old = script.pins()
+    assert "torch==" in " ".join(new)
+    assert old
+    for part in (new, old):
+        names = [pin.split("==")[0] for pin in part]
+        assert len(set(names)) == len(names)
+        assert not any(";" in pin for pin in part)

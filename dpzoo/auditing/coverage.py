@@ -10,6 +10,7 @@ from dpzoo.auditing.model_under_audit import ModelUnderAudit
 from dpzoo.auditing.numerics import largest
 from dpzoo.auditing.opacus_modes import PER_ROW_LOSS_ONLY
 from dpzoo.auditing.record import Record
+from dpzoo.errors import first_line as said
 from dpzoo.modes import MODES
 from dpzoo.opacus_internals import has_grad_sampler
 
@@ -115,7 +116,7 @@ def _structure(subject: ModelUnderAudit, record: Record) -> None:
     for error in opacus_errors:
         record.find(
             "crash",
-            f"PrivacyEngine.make_private refuses the model: {str(error).splitlines()[0][:160]}",
+            f"PrivacyEngine.make_private refuses the model: {said(error)[:160]}",
             "opacus.validators.ModuleValidator.fix(model) replaces what it can (BatchNorm by GroupNorm)",
         )
     for trace in subject.traces if _opacus(subject) else ():

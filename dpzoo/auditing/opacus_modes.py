@@ -15,6 +15,7 @@ from dpzoo import opacus_internals as internals
 from dpzoo.auditing.batches import Batch
 from dpzoo.auditing.numerics import Gradients
 from dpzoo.auditing.row_losses import RowLoss
+from dpzoo.errors import first_line as said
 
 PER_ROW_LOSS_ONLY = {
     "ghost": "ghost: the loss is a scalar, and ghost's second pass weights the loss of every row",
@@ -25,8 +26,8 @@ PER_ROW_LOSS_ONLY = {
 
 def first_line(error: BaseException) -> str:
     """An exception's type and the first line of its message."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+    kind, text = type(error).__name__, said(error)
+    return kind if text == kind else f"{kind}: {text}"
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dpzoo.bench.workload import Step, Workload
-from dpzoo.errors import DpzooError
+from dpzoo.errors import DpzooError, first_line
 
 STEPS = 3
 """The first allocates what later ones use again, such as the gradients; three are enough to see it."""
@@ -124,8 +124,7 @@ def main(arguments: list[str]) -> int:
     try:
         peak = run_here(Workload(**spec["workload"]), spec["mode"])
     except (DpzooError, RuntimeError, TypeError, ValueError, MemoryError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        sys.stderr.write(f"{type(error).__name__}: {first}\n")
+        sys.stderr.write(f"{type(error).__name__}: {first_line(error)}\n")
         return 1
     sys.stdout.write(json.dumps({"before": peak.before, "peak": peak.peak}) + "\n")
     return 0

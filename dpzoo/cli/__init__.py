@@ -6,12 +6,14 @@ and ``run(options)``, which returns the exit status. It is imported when it is c
 
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -52,6 +54,10 @@ examples:
   dpzoo audit bert-base --task sequence-classification
   dpzoo bench bert-base --modes ghost,bk      what privacy costs
 """
+
+
+FRAMED = 90
+"""Columns from which on rich's frames have room for every option's name; it cuts them in fewer."""
 
 
 class Ended(BaseException):
@@ -156,6 +162,8 @@ class _LaidOut:
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         text, self.epilog = self.epilog, None  # which would be wrapped, or read as markup
+        room = min(30, 2 * formatter.width // 5)  # of a narrow terminal, for options' names
+        formatter.write_dl = partial(formatter.write_dl, col_max=room)
         super().format_help(ctx, formatter)  # type: ignore[misc]
         formatter.write(f"\n{text}")
 
@@ -189,12 +197,16 @@ def parse(words: Sequence[str]) -> Any:
         typer.TyperException: they do not parse.
         typer.Exit: help or the version was asked for, and was printed.
     """
+    width = shutil.get_terminal_size().columns
     app = typer.Typer(
         cls=_Program,
         add_completion=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "terminal_width": max(40, min(width, 80)) - 2,
+        },
         epilog=EPILOG,
-        rich_markup_mode="rich" if sys.stdout.isatty() else None,
+        rich_markup_mode="rich" if sys.stdout.isatty() and width >= FRAMED else None,
     )
     app.callback()(_program)
     for name, text in COMMANDS.items():

@@ -15,7 +15,7 @@ from dpzoo.bench.report import refuse_plot
 from dpzoo.bench.runner import pieces
 from dpzoo.bench.workload import PRESETS
 from dpzoo.cli.output import print_json, print_table, progress
-from dpzoo.errors import InputError
+from dpzoo.errors import InputError, first_line
 from dpzoo.files import write_text
 
 Dtype = Literal["float32", "bfloat16"]
@@ -151,7 +151,7 @@ def refuse_device(name: str) -> None:
         torch.empty(0, device=name)
         reason = "a device without numbers" if torch.device(name).type == "meta" else None
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     if reason:
         raise InputError(
             f"--device got {name!r} ({reason}), wanted one that is there: cpu, cuda, ..."

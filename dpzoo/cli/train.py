@@ -13,7 +13,7 @@ from typer import Argument, Option
 from dpzoo.errors import InputError
 from dpzoo.training import Recipe, train
 from dpzoo.training.data import TASKS
-from dpzoo.training.recipe import TRAINABLE
+from dpzoo.training.recipe import TRAINABLE, written
 
 _WHAT = "Train a model on the rows of a file with differential privacy, and say what it cost."
 EPILOG = """\
@@ -27,7 +27,8 @@ not.
 
 exit status:
   0  the model was saved; or, with --dry-run, planned
-  1  the model was saved, and its canaries show more than the accounted epsilon
+  1  the model was saved, and its canaries show more than the accounted epsilon:
+     the largest of their bounds, which the card has, is above it
   2  it could not run: the file, its columns, the model, an option; nothing was
      released
 
@@ -101,10 +102,7 @@ def run(options: Any) -> int:
     if options.header is False:
         given["header"] = False
     if options.data.endswith((".yaml", ".yml")):
-        given = {
-            **Recipe.of(options.data).given(),
-            **{k: v for k, v in given.items() if k != "data"},
-        }
+        given = {**written(options.data), **{k: v for k, v in given.items() if k != "data"}}
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # "new head, train it": we do
 

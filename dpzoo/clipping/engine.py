@@ -38,7 +38,7 @@ from dpzoo.clipping.optimizer import (
 )
 from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader, unit_terms
-from dpzoo.errors import InputError
+from dpzoo.errors import InputError, first_line
 from dpzoo.files import path_of, whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
@@ -416,7 +416,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         except Exception as error:
             raise InputError(
                 f"{path} is no checkpoint that can be read without running code in it "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}), wanted one that "
+                f"({type(error).__name__}: {first_line(error)}), wanted one that "
                 f"save_checkpoint wrote."
             ) from error
         state = checkpoint.pop(RELEASE_STATE, None)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dpzoo.errors import DpzooError, InputError, RankError, UnsupportedModelError
+from dpzoo.errors import DpzooError, InputError, RankError, UnsupportedModelError, first_line
 
 _GLOO = re.compile(
     "gloo|Connection closed by peer|Connection reset|Timed out waiting", re.IGNORECASE
@@ -122,7 +122,7 @@ class Ranks:
             who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
             raise RankError(
                 f"Rank {self.rank} waited in vain for {who} at the {place} (the time-out is "
-                f"{self.timeout.total_seconds():g} s; {str(error).splitlines()[0]}). It died, froze or "
+                f"{self.timeout.total_seconds():g} s; {first_line(error)}). It died, froze or "
                 f"failed: its own log says why. Nothing of this step was released by this rank; if it was "
                 f"begun it is paid. End all ranks, and resume from the last checkpoint."
             ) from error

@@ -11,7 +11,7 @@ from dpzoo.clipping.factor_store import FactorStore
 from dpzoo.clipping.functions import tensors_in
 from dpzoo.clipping.layouts import AnyLayout, Indexed, Layout, Mixed, layout_key, rows_first
 from dpzoo.clipping.recorder import ParameterCall, Recorder, mixing_error
-from dpzoo.errors import UnsupportedModelError
+from dpzoo.errors import UnsupportedModelError, first_line
 
 Spot = tuple[int, int | None]
 """Where a tensor is among a call's arguments: its place, and its place in a list there."""
@@ -161,7 +161,7 @@ class _Replay(NamedTuple):
         except Exception as error:
             raise UnsupportedModelError(
                 f"{self.call.function.name} of {self.named} cannot be run for one row "
-                f"({str(error).splitlines()[0]}), so its per-row gradients cannot be computed. Use other "
+                f"({first_line(error)}), so its per-row gradients cannot be computed. Use other "
                 f"functions there, or freeze the parameter."
             ) from error
         return [

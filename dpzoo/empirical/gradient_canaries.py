@@ -59,6 +59,8 @@ class GradientCanaries(nn.Module):
         """(canaries + 1, 1): the last entry is that of all other rows, which have no gradient in it."""
         self.term: Any = 0.0
         """(rows,), all 0, of the last forward pass: to be added to the rows' losses."""
+        self._own: Any = None  # the forward that a model had set on itself
+        self._joined: Any = None
         self.seen: dict[int, np.ndarray] = {}
         """Step -> (canaries,), the released gradient in units of C."""
 
@@ -84,8 +86,17 @@ class GradientCanaries(nn.Module):
         return (entries - entries.detach()).squeeze(-1)
 
     def join(self, model: nn.Module) -> None:
-        """Become a part of a model, whose forward then takes ``canary=numbers`` and leaves `term`."""
-        forward = model.forward
+        """Become a part of a model, whose forward then takes ``canary=numbers`` and leaves `term`.
+
+        Raises:
+            InputError: it has something called canaries, as others that did not leave.
+        """
+        if hasattr(model, "canaries"):
+            raise InputError(
+                f"GradientCanaries.join() got a {type(model).__name__} that has an attribute canaries "
+                f"({type(model.canaries).__name__}), wanted one without. Let other canaries leave() first."
+            )
+        forward, self._own = model.forward, model.__dict__.get("forward")
 
         def joined(*args: Any, canary: torch.Tensor | None = None, **kwargs: Any) -> Any:
             if canary is not None:
@@ -93,12 +104,25 @@ class GradientCanaries(nn.Module):
             return forward(*args, **kwargs)
 
         model.add_module("canaries", self)
-        model.forward = joined
+        model.forward = self._joined = joined
 
     def leave(self, model: nn.Module) -> None:
-        """Leave the model as it was: the parameter is no part of what is published."""
-        del model._modules["canaries"]
-        model.__dict__.pop("forward", None)
+        """Leave the model as it was: the parameter is no part of what is published.
+
+        Raises:
+            InputError: it is not the model that they joined, or its forward was replaced since.
+        """
+        if (
+            model._modules.get("canaries") is not self
+            or model.__dict__.get("forward") is not self._joined
+        ):
+            raise InputError(
+                f"GradientCanaries.leave() got a {type(model).__name__}, wanted the model that they joined "
+                f"and its forward as they left it. Undo first what was put on it later."
+            )
+        del model._modules["canaries"], model.forward
+        if self._own is not None:
+            model.forward = self._own
 
     def see(self, step: int, scale: float) -> None:
         """Keep what a step released of the canaries.

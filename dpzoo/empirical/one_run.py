@@ -86,9 +86,14 @@ class RunReport:
     coins: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), repr=False)
 
     @property
+    def largest(self) -> Bound:
+        """The bound that `ok` goes by."""
+        return max(self.bounds, key=lambda bound: bound.epsilon)
+
+    @property
     def epsilon_lower(self) -> float:
         """The largest of the bounds."""
-        return max(bound.epsilon for bound in self.bounds)
+        return self.largest.epsilon
 
     @property
     def ok(self) -> bool:

@@ -54,8 +54,9 @@ class PrivacyCard:
         neighbours: which data sets count as neighbours.
         tuned: which hyper-parameters were chosen, on which data.
         notes: what else bears on the guarantee.
-        measured: what canaries among the units showed (`dpzoo.audit_run`): epsilon_at_least with that
-            confidence, at delta, where epsilon_accounted is accounted; None without canaries.
+        measured: what canaries among the units showed (`dpzoo.audit_run`): epsilon_at_least, the largest
+            bound, and what it is assuming; epsilon_at_least_assuming_nothing; both with that confidence, at
+            delta, where epsilon_accounted is accounted. None without canaries.
         versions: package -> version.
     """
 
@@ -73,7 +74,7 @@ class PrivacyCard:
     neighbours: str = "adding or removing one unit"
     tuned: str | None = None
     notes: tuple[str, ...] = ()
-    measured: dict[str, float] | None = None
+    measured: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> str:
@@ -135,9 +136,16 @@ class PrivacyCard:
     def _measured(self) -> dict[str, str]:
         if self.measured is None:
             return {}
-        below = math.floor(100 * self.measured["epsilon_at_least"]) / 100
+        bounds = {
+            self.measured["assuming"]: self.measured["epsilon_at_least"],
+            "nothing": self.measured["epsilon_at_least_assuming_nothing"],
+        }
+        found = "; ".join(
+            f"at least {math.floor(100 * epsilon) / 100:.2f}, assuming {assumed}"
+            for assumed, epsilon in bounds.items()
+        )
         return {
-            "Epsilon, measured": f"at least {below:.2f} at delta {self.measured['delta']:.3g}, where "
+            "Epsilon, measured": f"{found}; at delta {self.measured['delta']:.3g}, where "
             f"{rounded_up(self.measured['epsilon_accounted'])} is accounted; with "
             f"{self.measured['confidence']:.0%} confidence, by {self.measured['canaries']:.0f} canaries "
             f"among the units"

@@ -357,6 +357,8 @@ class DPTrainer(PublishingTrainer):
             shared = self._account.run, self._batch_key
             self._account.run, self._batch_key = ranks.share(shared)
         self.optimizer, self.lr_scheduler = self._given
+        if "_original_forward" not in self.model.__dict__:  # accelerate's, of an evaluation
+            self._own_forward = self.model.__dict__.get("forward")
         with true_banner(self._physical_rows, self.args.per_device_train_batch_size):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -486,7 +488,8 @@ class DPTrainer(PublishingTrainer):
     def _unwrap_forward(self) -> None:
         # Under bf16 accelerate puts a forward() on the model that rebuilds the outputs, without the
         # rows' losses. `autocast_smart_context_manager` does the other half of its work.
-        self.model.__dict__.pop("forward", None)
+        for name in ("forward", "_original_forward"):
+            self.model.__dict__.pop(name, None)
         if self._own_forward is not None:
             self.model.forward = self._own_forward
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpzoo.errors import InputError
+from dpzoo.errors import InputError, first_line
 
 CLASSIFICATION, LANGUAGE_MODELLING = "classification", "language-modelling"
 TASKS = (CLASSIFICATION, LANGUAGE_MODELLING)
@@ -70,16 +71,17 @@ class Task:
     reason: str
 
 
-def read_table(path: str | Path, header: bool | None = None) -> Table:
+def read_table(path: str | Path, header: bool | None = None, *, least: int = 2) -> Table:
     """Read a file, or a folder that `datasets.Dataset.save_to_disk` wrote.
 
     Args:
         path: .tsv, .csv, .jsonl (or .json with a row on each line), .parquet, or a folder. The last two
             need the package datasets.
         header: whether the first line of a TSV or CSV file has the columns' names; None to guess.
+        least: rows that there must be; 2 to train on.
 
     Raises:
-        InputError: the file is not there, of another kind, empty, or a row is not like the others.
+        InputError: the file is not there, of another kind, too short, or a row is not like the others.
     """
     path = Path(path)
     if not path.exists():
@@ -96,18 +98,28 @@ def read_table(path: str | Path, header: bool | None = None) -> Table:
             f"The data file {path} has the ending {kind!r}, wanted .tsv, .csv, .jsonl or .parquet, or a "
             f"folder that datasets' save_to_disk wrote."
         )
-    if not table.columns or len(table) < 2:
-        raise InputError(f"{path} has fewer than 2 rows: no batch hides one row.")
+    if not table.columns or len(table) < least:
+        why = "no batch hides one row" if least > 1 else "there is nothing to read"
+        raise InputError(f"{path} has fewer than {least} rows: {why}.")
     return table
 
 
 def _delimited(path: Path, delimiter: str, header: bool | None) -> Table:
     quoting: Any = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE  # in TSV, text
+    line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file, delimiter=delimiter, quoting=quoting) if row]
+            # strict: a quote that is not closed would take the next rows into its own
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+            rows = []
+            for row in reader:
+                line = reader.line_num
+                rows += [row] if row else []
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text in columns: {error}") from None
+        raise InputError(
+            f"{path} cannot be read as UTF-8 text in columns, after line {line}: {first_line(error)}. "
+            f"Mend that line, or write the rows as .jsonl."
+        ) from None
     if not rows:
         return Table({})
     width = len(rows[0])
@@ -117,11 +129,17 @@ def _delimited(path: Path, delimiter: str, header: bool | None) -> Table:
                 f"{path}, row {number}, has {len(row)} columns, wanted {width} as in the first row. Quote "
                 f"texts that have a {delimiter!r} in them (CSV), or remove it (TSV)."
             )
-    first = rows[0]
-    guessed = len(set(first)) == width and all(_NAME.fullmatch(cell.strip()) for cell in first)
-    guessed &= all(cell not in {row[i] for row in rows[1:]} for i, cell in enumerate(first))
+    first = [cell.strip() for cell in rows[0]]
+    guessed = all(_NAME.fullmatch(cell) for cell in first)
+    guessed &= all(cell not in {row[i] for row in rows[1:]} for i, cell in enumerate(rows[0]))
     if header if header is not None else guessed:
-        names, rows = [cell.strip() for cell in first], rows[1:]
+        twice = sorted({name for name in first if first.count(name) > 1})
+        if twice:
+            raise InputError(
+                f"{path} names the columns {first} in its first line, {twice[0]!r} more than once. Rename "
+                f"one, or say that this line is a row (header=False, --no-header)."
+            )
+        names, rows = first, rows[1:]
         note = f"the first line names the columns: {', '.join(names)}"
     else:
         names = [f"column {i + 1}" for i in range(width)]
@@ -131,14 +149,17 @@ def _delimited(path: Path, delimiter: str, header: bool | None) -> Table:
 
 def _json_lines(path: Path) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}, is not JSON: {error}") from None
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{path}, line {number}, is not JSON in UTF-8: {first_line(error)}. Wanted one object "
+                    f"on each line."
+                ) from None
             if not isinstance(row, dict) or (columns and row.keys() != columns.keys()):
                 got = sorted(row) if isinstance(row, dict) else type(row).__name__
                 raise InputError(
@@ -150,6 +171,13 @@ def _json_lines(path: Path) -> dict[str, list[Any]]:
     return columns
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"it has a key more than once, of {[key for key, _ in pairs]}")
+    return made
+
+
 def _with_datasets(path: Path) -> dict[str, list[Any]]:
     try:
         import datasets
@@ -158,14 +186,20 @@ def _with_datasets(path: Path) -> dict[str, list[Any]]:
             f"{path} is a Parquet file or a folder, which the package datasets reads. Install it "
             f"(python -m pip install 'dpzoo[data]'), or give a .tsv, .csv or .jsonl file."
         ) from None
-    if path.is_dir():
-        found = datasets.load_from_disk(str(path))
-        if isinstance(found, datasets.DatasetDict):
-            if "train" not in found:
-                raise InputError(f"{path} has the splits {sorted(found)}, wanted train among them.")
-            found = found["train"]
-    else:
-        found = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    try:
+        if path.is_dir():
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception as error:  # pyarrow's and datasets' own kinds
+        raise InputError(
+            f"{path} cannot be read by datasets: {first_line(error)}. Wanted a Parquet file, or "
+            "a folder that datasets' save_to_disk wrote."
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if "train" not in found:
+            raise InputError(f"{path} has the splits {sorted(found)}, wanted train among them.")
+        found = found["train"]
     columns = {name: list(found[name]) for name in found.column_names}
     for name, feature in found.features.items():
         if isinstance(feature, datasets.ClassLabel):
@@ -209,6 +243,8 @@ def guess_task(
         text = text or _text_column(columns, label)
         found = sorted({_class(label, row, value) for row, value in enumerate(columns[label], 1)})
         classes = tuple(labels) if labels else tuple(found)
+        if len(set(classes)) < len(classes) or "" in classes:
+            raise InputError(f"labels={list(classes)}, wanted names that differ, by commas.")
         strange = sorted(set(found) - set(classes))
         if strange or len(classes) < 2:
             raise InputError(
@@ -239,10 +275,14 @@ def _label_column(columns: dict[str, list[Any]], text: str | None, *, needed: bo
     named = [name for name in others if name.lower() in LABELS and name in few]
     if len(named) == 1 or len(few) == 1:
         return (named or few)[0]
-    if few or needed:
+    called = [name for name in others if name.lower() in LABELS]
+    if any(set(pair) <= set(columns) for pair in PAIRS) or len(columns) == 1:
+        called = []
+    if few or needed or called:
+        counts = [f"{name} ({len(set(map(str, others[name])))} values)" for name in few or called]
         raise InputError(
             f"{'Several columns' if few else 'No column'} of {sorted(columns)} could be the class"
-            f"{': ' + ', '.join(sorted(few)) if few else ''}. Name it with label (--label)"
+            f"{': ' + ', '.join(sorted(counts)) if counts else ''}. Name it with label (--label)"
             + ("." if needed else ", or say task='language-modelling' (--task).")
         )
     return None
@@ -266,7 +306,7 @@ def _text_column(columns: dict[str, list[Any]], taken: str | None) -> str:
 
 
 def _class(column: str, row: int, value: Any) -> str:
-    name = "" if value is None else str(value).strip()
+    name = _cell(column, row, value).strip()
     if not name:
         raise InputError(f"Row {row} has no class in column {column!r}, wanted one in every row.")
     return name
@@ -293,7 +333,21 @@ def class_indices(table: Table, task: Task) -> list[int]:
 
 
 def texts_of(table: Table, column: str) -> list[str]:
-    """A column as texts; a missing one is the empty text."""
+    """A column as texts; a missing one is the empty text.
+
+    Raises:
+        InputError: there is no such column, or it has something that is no text and no number.
+    """
     if column not in table.columns:
         raise InputError(f"There is no column {column!r}; there are {sorted(table.columns)}.")
-    return ["" if value is None else str(value) for value in table.columns[column]]
+    return [_cell(column, row, value) for row, value in enumerate(table.columns[column], 1)]
+
+
+def _cell(column: str, row: int, value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, list | tuple | dict | bytes):
+        raise InputError(
+            f"Row {row} has a {type(value).__name__} in column {column!r}, wanted a text or a number."
+        )
+    return str(value)

@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from dpzoo import heads
 from dpzoo.empirical import GradientCanaries
 from dpzoo.files import write_text
 from dpzoo.integrations import DPTrainer, Plan, PrivacyArguments, PrivacyCard, StatisticsCallback
@@ -61,8 +62,8 @@ class GradientRoute:
     def _plant(self, canaries: GradientCanaries) -> None:
         """Put the canaries' rows behind the others, which have none in their loss."""
         canaries.join(self.model)
-        token = self.encoded[0]["input_ids"][0]
-        empty = {name: [0] * 2 for name in self.encoded[0]} | {"input_ids": [token] * 2}
+        names, token = self.encoded[0], _token(self.job.tokenizer)
+        empty: dict[str, Any] = {name: [0] * 2 for name in names} | {"input_ids": [token] * 2}
         empty |= {"attention_mask": [1] * 2, "labels": -100 if self.job.task.label else [-100] * 2}
         self.encoded = [{**row, NUMBER: canaries.none} for row in self.encoded]
         for number in range(len(canaries)):
@@ -74,16 +75,15 @@ class GradientRoute:
     def _measure(self) -> None:
         """The rows in memory at a time, by made-up rows of the greatest length."""
         job, recipe = self.job, self.job.recipe
-        token = job.tokenizer.eos_token_id or job.tokenizer.pad_token_id or 0
-        ids = torch.full((2, job.length), token, device=DEVICE)
+        ids = torch.full((2, job.length), _token(job.tokenizer), device=DEVICE)
         labels = torch.zeros(2, dtype=torch.long, device=DEVICE) if job.task.label else ids
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         self.cost = cost_of(self.model.to(DEVICE), batch, 2)
         room = 0.5 * _free_memory() - fixed_bytes(self.model)
         most = min(job.batch, _MOST_IN_MEMORY[DEVICE])
-        physical = recipe.physical_batch_size or 2 ** int(
-            math.log2(max(1, min(most, room / self.cost.bytes)))
-        )
+        physical = min(recipe.physical_batch_size or job.batch, job.batch)
+        if recipe.physical_batch_size is None:
+            physical = 2 ** int(math.log2(max(1, min(most, room / self.cost.bytes))))
         # A logical batch is a whole number of physical ones.
         parts = max(1, round(job.batch / physical))
         physical = min(physical, max(1, job.units // parts))
@@ -168,7 +168,7 @@ class GradientRoute:
         job = self.job
         job.work.mkdir(parents=True, exist_ok=True)
         path = job.work / RECIPE_NAME
-        kept = {"recipe": asdict(self._kept()), "by_hand": job.by_hand}
+        kept = {"recipe": asdict(self._kept()), "written": job.wrote}
         write_text(path, json.dumps(kept, indent=1) + "\n")
         self.trainer = self._trainer(job.work)
         self.before = None if job.task.label else self.trainer.evaluate()["eval_loss"]
@@ -236,7 +236,7 @@ def encode(job: Job, table: Table) -> list[dict[str, Any]]:
     task, tokenizer, length = job.task, job.tokenizer, job.length
     texts = texts_of(table, task.text)
     if task.label:
-        rows = tokenizer(texts, truncation=True, max_length=length)
+        rows = tokenizer(heads.filled(tokenizer, texts), truncation=True, max_length=length)
         names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in rows]
         return [
             {**{name: rows[name][i] for name in names}, "labels": label}
@@ -255,6 +255,11 @@ def encode(job: Job, table: Table) -> list[dict[str, Any]]:
         labels = [-100] * len(prompt) + ids[len(prompt) :]
         found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return found
+
+
+def _token(tokenizer: Any) -> int:
+    """One for a row that says nothing."""
+    return int(tokenizer.eos_token_id or tokenizer.pad_token_id or 0)
 
 
 def _free_memory() -> float:

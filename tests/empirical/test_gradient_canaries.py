@@ -130,6 +130,41 @@ def test_coins_and_steps_are_kept(tmp_path: Path) -> None:
         dpzoo.GradientCanaries(9).load(tmp_path / "canaries.npz")
 
 
+def test_they_leave_a_model_as_it_was() -> None:
+    model = nn.Linear(WIDTH, CLASSES)
+    given = torch.randn(2, WIDTH)
+    before = sorted(vars(model))
+    canaries = dpzoo.GradientCanaries(3)
+    for own in (None, lambda x: 2 * nn.Linear.forward(model, x)):
+        if own is not None:
+            model.forward = own  # as accelerate and other libraries do
+        value = model(given)
+        canaries.join(model)
+        assert torch.equal(model(given, canary=torch.tensor([0, 3])), value)
+        assert canaries.term.shape == (2,)
+        with pytest.raises(InputError, match=r"attribute canaries \(GradientCanaries"):
+            dpzoo.GradientCanaries(3).join(model)
+        with pytest.raises(InputError, match="got a Linear, wanted the model that they joined"):
+            canaries.leave(nn.Linear(1, 1))
+        canaries.leave(model)
+        assert torch.equal(model(given), value)
+        assert model.__dict__.get("forward") is own
+        assert [n for n, _ in model.named_parameters()] == ["weight", "bias"]
+    del model.forward
+    assert sorted(vars(model)) == before
+
+
+def test_a_forward_that_was_put_on_later_is_not_lost() -> None:
+    model, canaries = nn.Linear(WIDTH, CLASSES), dpzoo.GradientCanaries(3)
+    canaries.join(model)
+    joined = model.forward
+    model.forward = lambda x: joined(x)
+    with pytest.raises(InputError, match="Undo first what was put on it later"):
+        canaries.leave(model)
+    model.forward = joined
+    canaries.leave(model)
+
+
 def test_scores_are_log_likelihood_ratios() -> None:
     canaries = dpzoo.GradientCanaries(2, coins=[True, False])
     canaries.weight.grad = torch.tensor([[1.0], [0.25], [7.0]])

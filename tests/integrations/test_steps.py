@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import warnings
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,27 @@ def test_bfloat16_autocast(tmp_path: Path) -> None:
     assert half.evaluate()["eval_loss"] != before
     assert half.model.classifier.weight.dtype == torch.float32
     assert 0 < largest_error(half.model.classifier.weight, exact.model.classifier.weight) < 1e-2
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_forward_that_a_model_has_of_its_own_is_used_and_stays(
+    bf16: bool, tmp_path: Path
+) -> None:
+    trainer = trainer_of(dpzoo.convert(stock_model(BERT, torch.float32)), tmp_path, bf16=bf16)
+    model: Any = trainer.model
+    calls, forward = [], model.forward
+
+    @wraps(forward)  # by whose signature Trainer keeps columns
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args))
+        return forward(*args, **kwargs)
+
+    model.forward = own  # after the trainer was made
+    trainer.train()
+    assert calls
+    assert model.forward is own
+    assert "_original_forward" not in vars(model)
+    assert trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).forward is own
 
 
 def test_automatic_clipping_brings_every_row_to_the_norm(tmp_path: Path) -> None:

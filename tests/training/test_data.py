@@ -67,6 +67,30 @@ def test_what_is_said_of_the_first_line_counts(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"b": 1}\n', r"line 2, has \['b'\], wanted .* first line: \['a'\]"),
         ("a.jsonl", '{"a": 1}\nnonsense\n', "line 2, is not JSON"),
         ("a.jsonl", "[1]\n", "line 1, has list, wanted an object"),
+        (
+            "a.jsonl",
+            '{"a": 1, "a": 2}\n',
+            r"line 1, is not .*: it has a key more than once, of \['a'",
+        ),
+        ("a.jsonl", "[" * 100_000, "line 1, is not JSON in UTF-8: .*. Wanted one object"),
+        # A quote that is not closed would take the rows up to the next one into its own.
+        (
+            "a.csv",
+            'text,label\n"good,x\nbad,y\nfine,x\n',
+            "in columns, after line 1: unexpected end",
+        ),
+        ("a.csv", 'text,label\ngood,x\n"bad"y,y\n', "after line 2: ',' expected after"),
+        (
+            "a.csv",
+            "text,label\n" + "a" * 140_000 + ",x\n",
+            "line 1: field larger .*, or write the rows as",
+        ),
+        (
+            "a.csv",
+            "text,text,label\na,b,x\n",
+            r"'label'\] in its first line, 'text' more than once",
+        ),
+        ("a.csv.gz", "a,b\n", r"has the ending '.gz', wanted .tsv"),
     ],
 )
 def test_broken_files(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -80,6 +104,18 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     (tmp_path / "b.tsv").write_bytes(b"\xff\xfe\x00a\tb\n")
     with pytest.raises(dpzoo.InputError, match="cannot be read as UTF-8 text"):
         read_table(tmp_path / "b.tsv")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(dpzoo.InputError, match="line 1, is not JSON in UTF-8: 'utf-8' codec can't"):
+        read_table(tmp_path / "b.jsonl")
+
+
+def test_a_held_out_file_may_have_one_row(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"text": "a"}\n')
+    assert len(read_table(path, least=1)) == 1
+    with pytest.raises(dpzoo.InputError, match="has fewer than 2 rows: no batch hides one row"):
+        read_table(path)
+    with pytest.raises(dpzoo.InputError, match="has fewer than 1 rows: there is nothing to read"):
+        read_table(written(tmp_path, "b.jsonl", "\n"), least=1)
 
 
 def test_parquet_and_folders_are_read_by_datasets(
@@ -98,6 +134,9 @@ def test_parquet_and_folders_are_read_by_datasets(
         column_names = ("text", "answer")
         features = {"text": None, "answer": ClassLabel()}
 
+    def broken(path: str, **_: Any) -> Any:
+        raise ValueError("Parquet magic bytes not found.\nMore")
+
     rows = Rows(text=["a", "b"], answer=[1, 0])
     fake: Any = ModuleType("datasets")
     fake.ClassLabel, fake.DatasetDict = ClassLabel, type("DatasetDict", (dict,), {})
@@ -107,6 +146,9 @@ def test_parquet_and_folders_are_read_by_datasets(
     wanted = {"text": ["a", "b"], "answer": ["yes", "no"]}
     assert read_table(tmp_path / "a.parquet").columns == wanted
     assert read_table(tmp_path).columns == wanted
+    fake.Dataset.from_parquet = broken
+    with pytest.raises(dpzoo.InputError, match=r"magic bytes not found\. Wanted a Parquet file"):
+        read_table(tmp_path / "a.parquet")
     fake.load_from_disk = lambda path: fake.DatasetDict(test=rows)
     with pytest.raises(
         dpzoo.InputError, match=r"has the splits \['test'\], wanted train among them"
@@ -138,6 +180,9 @@ def test_texts_alone_are_for_language_modelling() -> None:
     task = guess_task(table)
     assert (task.name, task.text, task.prompt) == ("language-modelling", "text", None)
     assert texts_of(table, "text") == ["a", "b", ""]
+    assert texts_of(Table({"text": ["a", float("nan"), 2.5]}), "text") == ["a", "", "2.5"]
+    with pytest.raises(dpzoo.InputError, match="Row 2 has a dict in column 'text', wanted a text"):
+        texts_of(Table({"text": ["a", {"role": "user"}]}), "text")
 
 
 def test_pairs_are_a_prompt_and_its_answer() -> None:
@@ -154,7 +199,7 @@ def test_pairs_are_a_prompt_and_its_answer() -> None:
         (
             {"a": ["x", "y"] * 4, "b": ["p", "q"] * 4},
             {},
-            "Several columns of .*: a, b. Name it with label",
+            r"Several columns of .*: a \(2 values\), b \(2 values\). Name it with label",
         ),
         ({"a": list("abcdefgh")}, {"task": "classification"}, "No column of .* could be the class"),
         (
@@ -184,6 +229,32 @@ def test_pairs_are_a_prompt_and_its_answer() -> None:
             {"a": list("abcd"), "b": list("efgh")},
             {"label": "b", "prompt": "a"},
             "wanted none beside a",
+        ),
+        (
+            {"a": list("abcd"), "b": ["x", float("nan"), "y", "x"]},
+            {"label": "b"},
+            "Row 2 has no class in column 'b'",
+        ),
+        (
+            {"a": list("abcd"), "b": ["x", ["y"], "y", "x"]},
+            {"label": "b"},
+            "Row 2 has a list in column 'b', wanted a text or a number",
+        ),
+        (
+            {"a": list("abcd"), "b": ["x", "y", "y", "x"]},
+            {"label": "b", "labels": ["x", "y", "x"]},
+            r"labels=\['x', 'y', 'x'\], wanted names that differ",
+        ),
+        # Columns that are called a class and are none, which would be language modelling in silence.
+        (
+            {"text": list("abcd"), "label": ["x"] * 4},
+            {},
+            r"No column of .* could be the class: label \(1 values\). Name it .* or say task=",
+        ),
+        (
+            {"text": list("abcdefgh"), "intent": list("stuvwxyz")},
+            {},
+            r"could be the class: intent \(8 values\)",
         ),
     ],
 )

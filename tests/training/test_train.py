@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import dpzoo
 from dpzoo.accounting import epsilon_of
 from dpzoo.cli import main
+from dpzoo.empirical.one_run import ASSUMES, Bound
 from dpzoo.errors import InputError
 from dpzoo.heads import output_layer
 from dpzoo.training import Recipe
@@ -143,7 +145,7 @@ def test_labels_are_those_of_the_answer(folder: Path) -> None:
     (folder / "pairs.csv").write_text(
         "prompt,completion\nab,cde\n" + "".join(f"x{i},y{i}\n" for i in range(40))
     )
-    job = Job(Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), [], lambda line: None)
+    job = Job(Recipe.of(recipe(folder, data=str(folder / "pairs.csv"))), {}, lambda line: None)
     table = module.Table({"prompt": ["ab", "p" * 99], "completion": ["cde", "q" * 99]})
     short, long = module.encode(job, table)
     a, end = ord("a") + 3, job.tokenizer.eos_token_id
@@ -169,12 +171,14 @@ def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[st
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def killed(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-    told = recipe(folder, trainable="all", epochs=2)
+    told = recipe(folder, trainable="all", epochs=2, physical_batch_size=500, lora_rank=8, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(module._ProgressLog, "on_step_end", killed, raising=False)
         with pytest.raises(KeyboardInterrupt):
@@ -186,7 +190,31 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         dpzoo.InputError, match=r"resumed with {'epochs': 9.0}, and .* {'epochs': 2.0}"
     ):
         dpzoo.train({**told, "epochs": 9}, resume=True)
-    run = dpzoo.train({"data": told["data"], "out": told["out"]}, resume=True)
+    # A default that was written is a value as any other.
+    for name, value in {"epsilon": 8, "lora_rank": 4, "seed": 7, "heldout_share": 0.2}.items():
+        with pytest.raises(
+            dpzoo.InputError, match=f"resumed with {{'{name}': .*, and it was begun with"
+        ):
+            dpzoo.train({**told, name: value}, resume=True)
+    options = ["--out", told["out"], "--resume", "--epsilon", "8"]
+    assert main(["train", told["data"], *options]) == 2
+    said = "resumed with {'epsilon': 8.0}, and it was begun with {'epsilon': 3.0}"
+    assert said in capsys.readouterr().err
+    saved = (folder / "out.run" / "recipe.json").read_text()
+    for damaged in (
+        saved[:-9],
+        saved.replace('"recipe"', '"other"'),
+        saved.replace("3.0", '"much"'),
+    ):
+        (folder / "out.run" / "recipe.json").write_text(damaged)
+        with pytest.raises(
+            dpzoo.InputError, match=r"recipe.json is damaged \(.*\), so it is not known"
+        ):
+            dpzoo.train(told, resume=True)
+    (folder / "out.run" / "recipe.json").write_text(saved)
+    # What was chosen in the place of what was written is no change of it.
+    assert json.loads(saved)["recipe"]["physical_batch_size"] < 500
+    run = dpzoo.train(told, resume=True)
     assert run.card is not None
     assert run.card.steps == run.plan.steps == 2 * -(-run.plan.units // 16)
     assert run.card.epsilon <= 3.0  # the step that was done again is the same one
@@ -211,6 +239,14 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (
             {"model": "not/there.json"},
             "There is no file not/there.json. Name the path of a config.json",
+        ),
+        ({"max_length": 3}, "max_length=3, wanted at least 4 tokens"),
+        ({"seed": -1}, "seed=-1, wanted a whole number from 0, below"),
+        ({"seed": 2**32}, "seed=4294967296, wanted a whole number"),
+        ({"out": " "}, "out=' ', wanted the name of a folder"),
+        (
+            {"canaries": 10**12},
+            r"canaries=1000000000000 for \d+ rows to train on, wanted at most as",
         ),
     ],
 )
@@ -251,16 +287,37 @@ def test_an_encoder_is_no_language_model(folder: Path) -> None:
 def test_a_recipe_file_and_options_over_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [f"{key}: {value}" for key, value in recipe(folder).items()]
+    lines = [f"{key}: {value}" for key, value in recipe(folder).items() if key != "epsilon"]
     (folder / "run.yaml").write_text("\n".join([*lines, "learning_rate: 1e-3", "epsilon: 5"]))
     assert Recipe.of(folder / "run.yaml").learning_rate == 1e-3
     assert main(["train", str(folder / "run.yaml"), "--epsilon", "2", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "epsilon 2 at" in told
     assert "learning rate 0.001" in told
-    (folder / "empty.yaml").write_text("- a\n")
-    with pytest.raises(dpzoo.InputError, match="has no `key: value` lines"):
-        Recipe.of(folder / "empty.yaml")
+    for text, message in (
+        ("- a\n", "has no `key: value` lines"),
+        ("data: a.tsv\nepsilon: 1\nepsilon: 9\n", "has epsilon more than once, wanted one value"),
+        (
+            "data: [a\n",
+            r"cannot be read as YAML in UTF-8: while parsing a flow sequence in .* line 2",
+        ),
+        ("data: " + "[" * 3000, "cannot be read as YAML in UTF-8: "),
+        ("data: caf\udce9\n", "cannot be read as YAML in UTF-8: 'utf-8' codec can't decode"),
+        ("data: a.tsv\nout: null\n", "has out=None, wanted str"),
+        ("data: a.tsv\nepsilon: null\n", "has epsilon=None, wanted float"),
+        ("data: a.tsv\nlabels: [no, yes]\n", r"has labels=\[False, True\], wanted str"),
+        ("data: a.tsv\nlabel: no\n", "has label=False, wanted str"),
+        ("data: a.tsv\nheader: perhaps\n", "has header='perhaps', wanted bool"),
+        ("data: a.tsv\ncanaries: .inf\n", "has canaries=inf, wanted int"),
+        ("data: a.tsv\nepsilon: .nan\n", "epsilon=nan, wanted a number above 0"),
+        ("data: a.tsv\nepochs: yes\n", "has epochs=True, wanted float"),
+        ("1: 2\ndata: a.tsv\n", r"has unknown keys \['1'\], wanted data and any of"),
+    ):
+        (folder / "bad.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(dpzoo.InputError, match=message):
+            Recipe.of(folder / "bad.yaml")
+    with pytest.raises(dpzoo.InputError, match="has epsilon='8 or so', wanted float"):
+        Recipe("a.tsv", epsilon="8 or so")  # type: ignore[arg-type]
     assert main(["train", str(folder / "gone.csv")]) == 2
 
 
@@ -292,6 +349,80 @@ def test_the_recipes_are_read(path: Path) -> None:
     assert told.given().keys() >= {"eval", "model", "epochs", "batch_size", "learning_rate"}
 
 
+# --- texts of nothing ---------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, cls: Any) -> str:
+    """A GPT-2 with a tokenizer that makes no token of the empty text, as its published one."""
+    marks = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {mark: i for i, mark in enumerate([*marks, "<|endoftext|>"])}
+    tokenizer = transformers.GPT2Tokenizer(vocab=vocabulary, merges=[])
+    assert tokenizer("")["input_ids"] == []
+    config = transformers.GPT2Config(**GPT2, vocab_size=len(vocabulary))
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = len(marks)
+    torch.manual_seed(0)
+    cls(config).save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    return str(folder / "checkpoint")
+
+
+@pytest.mark.parametrize("trainable", ["head", "bias", "all"])
+def test_some_texts_may_be_empty_the_first_too(trainable: str, folder: Path) -> None:
+    rows = [{"text": "" if i < 60 else f"row {i}", "label": "np"[i % 2]} for i in range(80)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = checkpoint(folder, transformers.GPT2ForSequenceClassification)
+    run = dpzoo.train(recipe(folder, trainable=trainable, model=name, canaries=4, seed=1))
+    assert run.metrics is not None
+    assert 0 <= run.metrics["accuracy"] <= 1
+
+
+def test_empty_texts_of_a_language_model(folder: Path) -> None:
+    rows = [{"text": "" if i < 60 else f"row {i}"} for i in range(80)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = checkpoint(folder, transformers.GPT2LMHeadModel)
+    run = dpzoo.train(recipe(folder, model=name, trainable="all", canaries=4))
+    assert run.metrics is not None
+    assert 0 < run.metrics["loss"] < 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": " "}] * 9, "'text' is blank in all 9 rows|too few rows to hold some out"),
+        ([{"text": " " * i} for i in range(1, 40)], r"Column 'text' is blank in all \d+ rows, wanted"),
+        ([{"text": "same"}] * 9, "has too few rows to hold some out"),
+        ([{"text": "a"}], "has fewer than 2 rows: no batch hides one row"),
+        ([{"text": "a"}, {"text": "b"}], "has too few rows to hold some out"),
+    ],
+)  # fmt: skip
+def test_rows_that_say_nothing(rows: list[Any], message: str, folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(dpzoo.InputError, match=message):
+        dpzoo.train(recipe(folder))
+
+
+def test_every_row_needs_an_owner(folder: Path) -> None:
+    rows = [{"text": f"row {i}", "user": None if i == 7 else f"u{i}"} for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = recipe(folder, unit="user", text="text", task="language-modelling", seed=1)
+    with pytest.raises(
+        dpzoo.InputError, match=r"Row \d+ .* has nothing in column 'user', wanted whose"
+    ):
+        dpzoo.train(told)
+
+
+def test_all_texts_may_be_equal_and_a_class_may_be_missing_among_the_rows(folder: Path) -> None:
+    """Rows of one text are learned as any others; the majority's accuracy is what there is to say."""
+    rows = [{"text": "same", "label": "np"[i % 2]} for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "eval.jsonl").write_text(json.dumps(rows[0]))
+    told = recipe(folder, "bert", trainable="head", eval=str(folder / "eval.jsonl"))
+    run = dpzoo.train({**told, "labels": "n,p,q"})
+    assert run.metrics is not None
+    stock = AutoModelForSequenceClassification.from_pretrained(folder / "out")
+    assert stock.config.id2label == {0: "n", 1: "p", 2: "q"}
+
+
 # --- canaries -----------------------------------------------------------------------------------
 
 
@@ -310,7 +441,9 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
     assert run.audit.epsilon == epsilon_of("prv", history, 1e-5) > run.card.epsilon
     saved = json.loads((folder / "out" / "privacy.json").read_text())
     assert saved["measured"] == {
-        "epsilon_at_least": run.audit["any mechanism"].epsilon,
+        "epsilon_at_least": run.audit.epsilon_lower,
+        "assuming": ASSUMES[run.audit.largest.name],
+        "epsilon_at_least_assuming_nothing": run.audit["any mechanism"].epsilon,
         "epsilon_accounted": run.audit.epsilon,
         "delta": 1e-5,
         "confidence": 0.95,
@@ -318,7 +451,8 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
     }
     text = (folder / "out" / "README.md").read_text()
     assert re.search(
-        r"Epsilon, measured \| at least \d.\d\d at delta 1e-05, where \d+.\d+ is", text
+        r"Epsilon, measured \| at least \d.\d\d, assuming .*; at delta 1e-05, where \d+.\d+ is",
+        text,
     )
     assert any(line.startswith("measured  audit of a run: no bound") for line in said)
     with np.load(folder / "out.run" / "canaries.npz") as kept:
@@ -331,10 +465,13 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("trainable", ["head", "lora", "all"])
-def test_a_canary_is_in_the_steps_that_draw_it(trainable: str, folder: Path) -> None:
+def test_a_canary_is_in_the_steps_that_draw_it(
+    trainable: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through draw, loss, clipping, sum and noise: C at its entry with the sample rate, or nothing."""
     model = "bert" if trainable == "head" else "gpt2"
     told = {"canaries": 300, "epsilon": 8.0, "epochs": 3, "trainable": trainable}
+    monkeypatch.setattr(module, "MOST_CANARIES", 10)  # a row, so that few rows are read
     run = dpzoo.train(recipe(folder, model, **told, batch_size=60))
     assert run.card is not None
     with np.load(folder / "out.run" / "canaries.npz") as kept:
@@ -411,6 +548,28 @@ def test_a_bound_above_the_account_is_said_and_is_status_1(
     assert "**audit of a run: FAILED" in (folder / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", list(ASSUMES))
+def test_status_and_card_go_by_the_same_bound_the_largest(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the three it is: a card never shows less than what made the status 1."""
+    audit = module.audit_run
+
+    def with_one_above(*args: Any, **options: Any) -> dpzoo.RunReport:
+        report = audit(*args, **options)
+        report.bounds = [Bound(b.name, 9.876 if b.name == name else 0.12) for b in report.bounds]
+        return report
+
+    monkeypatch.setattr(module, "audit_run", with_one_above)
+    words = ["--model", str(folder / "gpt2.json"), "--out", str(folder / "out"), "--epochs", "1"]
+    words += ["--epsilon", "0.5", "--canaries", "10", "--batch-size", "16"]
+    assert main(["train", str(folder / "rows.jsonl"), *words]) == 1
+    card = (folder / "out" / "README.md").read_text()
+    assert f"Epsilon, measured | at least 9.87, assuming {ASSUMES[name]};" in card
+    assert ("at least 0.12, assuming nothing" in card) == (name != "any mechanism")
+    assert "**audit of a run: FAILED" in card
+
+
 # --- the checkpoint that is trained -------------------------------------------------------------
 
 
@@ -437,6 +596,60 @@ def test_only_a_head_may_be_new(folder: Path) -> None:
     save_file(wrong, path, {"format": "pt"})
     with pytest.raises(dpzoo.InputError, match=r"word_embeddings.weight is \(7, 16\), wanted"):
         dpzoo.train(recipe(folder, model=str(folder / "model")))
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (lambda f: None, "The tokenizer of .*checkpoint knows no word of the first .* texts; it has ."),
+        (lambda f: (f / "config.json").write_text("{"), r"cannot be loaded by transformers \(OSE"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "b\\ud800"}'), "cannot be loaded by"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "checkpoint cannot be loaded by transformers"),
+        (lambda f: (f / "tokenizer.json").write_text("[" * 10**5), "cannot be loaded by transformers"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), r"by transformers \(SafetensorError"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 9), r"by transformers \(Safetens"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.index"), "no file named model.safetensors"),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_cannot_be_trained(breaks: Any, message: str, folder: Path) -> None:
+    name = checkpoint(folder, transformers.GPT2ForSequenceClassification)
+    if message.startswith("The tokenizer"):
+        for path in Path(name).glob("*token*"):
+            path.unlink()
+    breaks(Path(name))
+    with pytest.raises(dpzoo.InputError, match=message) as stop:
+        dpzoo.train(recipe(folder, model=name))
+    assert "\n" not in str(stop.value)
+    assert ".." not in str(stop.value).replace("...", "")
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    name = checkpoint(folder, transformers.GPT2ForSequenceClassification)
+    config = transformers.GPT2Config(**GPT2, vocab_size=99, pad_token_id=1)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(name)
+    with pytest.raises(dpzoo.InputError, match="has 257 tokens and its model a table of 99"):
+        dpzoo.train(recipe(folder, model=name))
+
+
+def test_a_bad_model_from_scratch_is_one_sentence_after_another(folder: Path) -> None:
+    for fields, message in (
+        (
+            {**GPT2, "n_head": 5},
+            r"cannot make a model of .*gpt2.json: .*[^.]\. Name another with model",
+        ),
+        ({**GPT2, "n_layer": 10**9}, "has config.n_layer=1000000000, wanted a whole number"),
+        ({"n_layer": 1}, r"cannot make a model of .*[^.]\. Name another with model"),
+        (
+            {**GPT2, "activation_function": "none"},
+            r"cannot make a model of .*: none\. Name|'none'\. Name",
+        ),
+    ):
+        (folder / "gpt2.json").write_text(json.dumps(fields))
+        with pytest.raises((dpzoo.InputError, dpzoo.UnsupportedConfigError), match=message):
+            dpzoo.train(recipe(folder))
+    (folder / "gpt2.json").write_text("nonsense")
+    with pytest.raises(dpzoo.InputError, match=r"is not a valid JSON file\. Name another"):
+        dpzoo.train(recipe(folder))
 
 
 def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
