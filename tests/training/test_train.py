@@ -471,7 +471,7 @@ def test_a_canary_is_in_the_steps_that_draw_it(
     """Through draw, loss, clipping, sum and noise: C at its entry with the sample rate, or nothing."""
     model = "bert" if trainable == "head" else "gpt2"
     told = {"canaries": 300, "epsilon": 8.0, "epochs": 3, "trainable": trainable}
-    monkeypatch.setattr(module, "MOST_CANARIES", 10)  # a row, so that few rows are read
+    monkeypatch.setattr("dpzoo.training.job.MOST_CANARIES", 10)  # a row, so that few rows are read
     run = dpzoo.train(recipe(folder, model, **told, batch_size=60))
     assert run.card is not None
     with np.load(folder / "out.run" / "canaries.npz") as kept:
@@ -553,14 +553,14 @@ def test_status_and_card_go_by_the_same_bound_the_largest(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever of the three it is: a card never shows less than what made the status 1."""
-    audit = module.audit_run
+    audit = dpzoo.audit_run
 
     def with_one_above(*args: Any, **options: Any) -> dpzoo.RunReport:
         report = audit(*args, **options)
         report.bounds = [Bound(b.name, 9.876 if b.name == name else 0.12) for b in report.bounds]
         return report
 
-    monkeypatch.setattr(module, "audit_run", with_one_above)
+    monkeypatch.setattr("dpzoo.training.run.audit_run", with_one_above)
     words = ["--model", str(folder / "gpt2.json"), "--out", str(folder / "out"), "--epochs", "1"]
     words += ["--epsilon", "0.5", "--canaries", "10", "--batch-size", "16"]
     assert main(["train", str(folder / "rows.jsonl"), *words]) == 1
