@@ -122,7 +122,6 @@ def _innocent_rows(subject: ModelUnderAudit, record: Record) -> None:
                 ),
                 remedy,
                 parameters=bad,
-                modules=subject.owners(bad),
                 expected="a finite gradient",
                 got="NaN or Inf",
             )

@@ -62,7 +62,6 @@ def _rows(subject: ModelUnderAudit, record: Record, mode: str, oracle: Gradients
                 f"{message} (worst row {_worst_row(rows[names[0]], oracle[names[0]])})",
                 "see coverage and isolation for the cause; else the module's grad sampler is wrong",
                 parameters=names,
-                modules=subject.owners(names),
                 mode=mode,
                 expected=f"relative error below {subject.tolerance:g}",
                 got=f"{wrong[names[0]]:.3g} for {names[0]}",
@@ -101,7 +100,6 @@ def _norms(subject: ModelUnderAudit, record: Record, mode: str, truth: Gradients
                 "use each parameter through the forward of a module; for a tied head, hooks mode or "
                 "dpzoo.convert(model)",
                 parameters=names,
-                modules=subject.owners(names),
                 mode=mode,
                 expected=f"norm {float(wanted[name][row]):.4g} of {name}, row {row}",
                 got=f"{float(got[name][row]):.4g}",
@@ -149,7 +147,6 @@ def clipped_sum(subject: ModelUnderAudit, record: Record) -> None:
                 "the clipped sum of a step is not that of the rows' true gradients",
                 "see exactness and isolation for the cause; train in a mode that passes",
                 parameters=wrong,
-                modules=subject.owners(wrong),
                 mode=mode,
                 expected=f"a sum of norm {truth:.4g}",
                 got=f"norm {length:.4g}, off by {next(iter(wrong.values())):.3g} in {next(iter(wrong))}",

@@ -106,7 +106,6 @@ def _compare(
                 f"{message} ({title}).{loss}",
                 REMEDY,
                 parameters=wrong,
-                modules=subject.owners(wrong),
                 expected=f"row alone: gradient of norm {float(truth[name].norm()):.4g} in {name}",
                 got=f"in the batch: {float(change.norm()):.4g}, off by {wrong[name]:.3g}",
             )

@@ -91,7 +91,6 @@ def _differ(
             f"the other rows' gradients change where row {row} is taken out of the batch{title}",
             REMEDY,
             parameters=wrong,
-            modules=subject.owners(wrong),
             expected=f"relative error below {subject.tolerance:g}",
             got=f"{wrong[name]:.3g} for {name}",
         )
@@ -129,7 +128,6 @@ def _padding(
                 ),
                 "mask what is padding; or pad every batch to one fixed length (padding='max_length')",
                 parameters=wrong,
-                modules=subject.owners(wrong),
                 expected=f"relative error below {subject.tolerance:g}",
                 got=f"{next(iter(wrong.values())):.3g} for {next(iter(wrong))}",
             )
@@ -173,7 +171,6 @@ def _clipped(
                     else f"what row {row} moves the clipped sum of the batch by is not its own gradient",
                     "see exactness, privacy_unit and isolation for the cause; train in a mode that passes",
                     parameters=wrong,
-                    modules=subject.owners(wrong),
                     mode=mode,
                     expected=f"at most {clip:.4g} (C)",
                     got=f"{ratio:.4g} times C",

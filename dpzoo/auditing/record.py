@@ -1,6 +1,6 @@
 """What a check writes while it runs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ class Record:
         self.skipped: list[str] = []
         self.parts = 0
         self.largest: dict[str, float] = {}
+        self.owners: Callable[[Iterable[str]], tuple[str, ...]] = lambda names: ()
+        """Names of parameters -> the modules that hold them."""
 
     def ran(self) -> None:
         """Count a part of the check that ran."""
@@ -48,20 +50,21 @@ class Record:
         remedy: str = "",
         *,
         parameters: Iterable[str] = (),
-        modules: Iterable[str] = (),
+        modules: Iterable[str] | None = None,
         mode: str | None = None,
         expected: Any = None,
         got: Any = None,
     ) -> None:
-        """Add a finding; see `Finding` for the arguments."""
+        """Add a finding; arguments as of `Finding`. Its modules are by default the parameters' owners."""
+        parameters = tuple(parameters)
         self.findings.append(
             Finding(
                 check=self.name,
                 severity=severity,
                 message=message,
                 remedy=remedy,
-                parameters=tuple(parameters),
-                modules=tuple(modules),
+                parameters=parameters,
+                modules=self.owners(parameters) if modules is None else tuple(modules),
                 mode=mode,
                 expected=None if expected is None else str(expected),
                 got=None if got is None else str(got),

@@ -173,6 +173,7 @@ def _report(
             progress(name)
         check, record, begun = CHECKS[name], Record(name), time.perf_counter()
         for subject in subjects:
+            record.owners = subject.owners
             try:
                 if subject.random and name in COMPARING:
                     raise CannotRunError(subject.random)

@@ -62,7 +62,6 @@ def _book_keeping(subject: ModelUnderAudit, record: Record) -> None:
                 f"a step depends on the batch before it ({title})",
                 "let nothing of a batch stay in the model: no caches, no running statistics",
                 parameters=stale,
-                modules=subject.owners(stale),
                 mode="bk",
                 expected="the sum of this batch",
                 got=f"another one, off by {stale[name]:.3g} in {name}",
@@ -85,7 +84,6 @@ def _ghost(subject: ModelUnderAudit, record: Record) -> None:
             "let every parameter take part in every batch (add 0 * its output), or train in hooks mode, "
             "which raises",
             parameters=stale,
-            modules=subject.owners(stale),
             mode="ghost",
             expected="a norm computed from this batch",
             got=f"the older batch's for {name}",

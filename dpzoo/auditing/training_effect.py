@@ -56,7 +56,6 @@ def _step(subject: ModelUnderAudit, record: Record, mode: str) -> None:
             "weights are NaN or Inf after one step",
             "find the row with a gradient that is not finite (see edge_cases)",
             parameters=bad,
-            modules=subject.owners(bad),
             mode=mode,
         )
         return
@@ -74,7 +73,6 @@ def _step(subject: ModelUnderAudit, record: Record, mode: str) -> None:
             "check that the optimizer holds the model's own parameters (move to the device before "
             "adapters are added), and that their dtype resolves the step",
             parameters=still,
-            modules=subject.owners(still),
             mode=mode,
             expected="a change",
             got="none",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,20 +82,6 @@ class BenchReport:
             "every": self.every,
             "measurements": [asdict(m) for m in self.measurements],
         }
-
-    def to_json(self) -> str:
-        """Everything measured, as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> BenchReport:
-        """The way back from `to_json`."""
-        data = json.loads(text)
-        measurements = tuple(
-            Measurement(**{**m, "workload": Workload(**m["workload"])})
-            for m in data["measurements"]
-        )
-        return cls(measurements, data["every"], data["versions"])
 
     def plot(self, path: str | Path) -> None:
         """Draw how the ratios grow with seq and with batch, into a .png, .svg or .pdf file.

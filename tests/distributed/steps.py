@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N -m tests.distributed.steps FOLDER
 
-reads FOLDER/cases.pt, a list of `Case`, and writes FOLDER/steps-RANK.pt, case id -> `Result`.
+reads FOLDER/cases.pt, a list of `Case`, and writes FOLDER/RANK.pt, case id -> `Result`.
 """
 
 import copy
@@ -272,7 +272,7 @@ def main(folder: Path) -> None:
             results[case.id] = Result(error=f"{type(error).__name__}: {error}")
             if "different places" not in str(error):
                 break  # the others wait for this rank no more
-    torch.save(results, folder / f"steps-{os.environ['RANK']}.pt")
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")
     distributed.destroy_process_group()
 
 

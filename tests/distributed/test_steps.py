@@ -1,13 +1,11 @@
 """bk in several processes, under DDP and FSDP2: the step of one process, and its noise, once."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
@@ -18,7 +16,7 @@ import dpzoo
 from dpzoo.integrations.batches import PoissonBatches
 from dpzoo.poisson import LockstepSampler
 from tests.distributed.steps import Case, Result
-from tests.distributed.torchrun import run_two_processes
+from tests.distributed.torchrun import saved_by_ranks
 from tests.support import NAMES
 
 TOLERANCE = 1e-12
@@ -71,19 +69,15 @@ def results_of(
     factory: pytest.TempPathFactory,
     patience: int = 300,
 ) -> dict[str, list[Result]]:
-    """Case id -> what each rank saw. pytest's own workers share one run."""
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / name
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"steps-{rank}.pt" for rank in range(processes)]
-    with FileLock(folder / "lock"):
-        if not all(file.is_file() for file in files):
-            torch.save(cases, folder / "cases.pt")
-            command = ["-m", "tests.distributed.steps", str(folder)]
-            run_two_processes(command, folder / "log", patience=patience, processes=processes)
-    ranks = [torch.load(file, weights_only=False) for file in files]
+    """Case id -> what each rank saw."""
+    ranks = saved_by_ranks(
+        "tests.distributed.steps",
+        name,
+        factory,
+        cases=cases,
+        patience=patience,
+        processes=processes,
+    )
     return {c.id: [rank.get(c.id, Result(error="not reached")) for rank in ranks] for c in cases}
 
 

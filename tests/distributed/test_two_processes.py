@@ -7,14 +7,12 @@ same step in a single process.
 
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 
-from tests.distributed.torchrun import run_two_processes
+from tests.distributed.torchrun import saved_by_ranks
 from tests.distributed.worker import Batch, Case, Result, model_of, stock_and_batch
 from tests.modes import Step, oracle_norms
 from tests.support import NAMES, ROWS, in_stock_layout, oracle_gradients
@@ -180,18 +178,9 @@ def sums_of_one_process(case: Case) -> Batch:
 def results_of(
     cases: dict[str, Case], name: str, factory: pytest.TempPathFactory
 ) -> dict[str, list[Result]]:
-    """Case id -> what rank 0 and rank 1 saw. pytest's own workers share one run."""
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / name
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"results-{rank}.pt" for rank in range(2)]
-    with FileLock(folder / "lock"):
-        if not all(file.is_file() for file in files):
-            torch.save([with_clip(case) for case in cases.values()], folder / "cases.pt")
-            run_two_processes(["-m", "tests.distributed.worker", str(folder)], folder / "log")
-    ranks = [torch.load(file, weights_only=False) for file in files]
+    """Case id -> what rank 0 and rank 1 saw."""
+    clipped = [with_clip(case) for case in cases.values()]
+    ranks = saved_by_ranks("tests.distributed.worker", name, factory, cases=clipped)
     return {key: [rank[key] for rank in ranks] for key in cases}
 
 

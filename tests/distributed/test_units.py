@@ -1,16 +1,14 @@
 """Units over two processes: one process' sums, whole units, one Poisson draw, one epsilon; attacks."""
 
-import os
 import re
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from opacus.accountants import create_accountant
 
 from tests.distributed.test_steps import TOLERANCE, assert_poisson
-from tests.distributed.torchrun import run_two_processes
+from tests.distributed.torchrun import saved_by_ranks
 from tests.distributed.units import (
     ATTACKS,
     BATCH,
@@ -27,17 +25,8 @@ from tests.distributed.units import (
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank saw. pytest's own workers share one run."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / "units"
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"units-{rank}.pt" for rank in range(2)]
-    with FileLock(folder / "lock"):
-        if not all(file.is_file() for file in files):
-            run_two_processes(["-m", "tests.distributed.units", str(folder)], folder / "log")
-    return [torch.load(file, weights_only=False) for file in files]
+    """What each rank saw."""
+    return saved_by_ranks("tests.distributed.units", "units", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

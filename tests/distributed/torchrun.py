@@ -7,8 +7,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,3 +64,36 @@ def run_two_processes(
     if code != 0:
         pytest.fail(f"exit code of torchrun: {code}\n{printed[-6000:]}")
     return printed
+
+
+def saved_by_ranks(
+    module: str,
+    name: str,
+    factory: pytest.TempPathFactory,
+    *,
+    cases: list[Any] | None = None,
+    patience: int = 300,
+    processes: int = 2,
+) -> list[Any]:
+    """What each rank of ``torchrun -m MODULE FOLDER`` saved. pytest's own workers share one run.
+
+    Args:
+        module: reads FOLDER/cases.pt, where there are cases, and saves FOLDER/RANK.pt.
+        name: of the folder, one for each set of cases.
+        factory: pytest's.
+        cases: what the ranks work on.
+        patience: see `run_two_processes`.
+        processes: see `run_two_processes`.
+    """
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / name
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{rank}.pt" for rank in range(processes)]
+    with FileLock(folder / "lock"):
+        if not all(file.is_file() for file in files):
+            torch.save(cases, folder / "cases.pt")
+            command = ["-m", module, str(folder)]
+            run_two_processes(command, folder / "log", patience=patience, processes=processes)
+    return [torch.load(file, weights_only=False) for file in files]

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m tests.distributed.units FOLDER
 
-writes FOLDER/units-RANK.pt, name -> what this rank saw. The judging is done in `test_units`.
+writes FOLDER/RANK.pt, name -> what this rank saw. The judging is done in `test_units`.
 """
 
 import os
@@ -281,7 +281,7 @@ def main(folder: Path) -> None:
             except dpzoo.DpzooError as error:
                 results[f"{name} {way}"] = f"{type(error).__name__}: {error}"
             results[f"{name} took"] = time.monotonic() - began
-    torch.save(results, folder / f"units-{os.environ['RANK']}.pt")
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")
     distributed.destroy_process_group()
 
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m tests.distributed.worker FOLDER
 
-reads FOLDER/cases.pt, a list of `Case`, and writes FOLDER/results-RANK.pt, case id -> `Result`.
+reads FOLDER/cases.pt, a list of `Case`, and writes FOLDER/RANK.pt, case id -> `Result`.
 The judging is done in the test.
 """
 
@@ -246,7 +246,7 @@ def main(folder: Path) -> None:
             results[case.id] = run(case)
         except Exception as error:  # both ranks raise, or the other one's collective times out
             results[case.id] = Result(error=f"{type(error).__name__}: {error}")
-    torch.save(results, folder / f"results-{os.environ['RANK']}.pt")
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")
     distributed.destroy_process_group()
 
 

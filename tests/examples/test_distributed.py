@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import BertForSequenceClassification
 
 from tests.distributed.torchrun import ROOT, run_two_processes
+from tests.examples.tiny import save_tiny_bert
 from tests.support import others_slow
 
 EXAMPLES = ROOT / "examples"
@@ -19,20 +20,7 @@ WORDS = {"pos": ("good", "fine", "great"), "neg": ("bad", "poor", "awful")}
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     """The command line for a BERT of two small layers on 60 rows."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS["pos"], *WORDS["neg"]]
-    model = tmp_path / "tiny"
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    BertTokenizer(str(model / "vocab.txt")).save_pretrained(model)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=20,
-        max_position_embeddings=16,
-    )
-    BertForSequenceClassification(config).save_pretrained(model)
+    model = save_tiny_bert(tmp_path / "tiny", [*WORDS["pos"], *WORDS["neg"]])
     labels = ["neg", "pos"] * 30
     lines = [
         f"{WORDS[label][i % 3]} {WORDS[label][i % 2]}\t{label}" for i, label in enumerate(labels)

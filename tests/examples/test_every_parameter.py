@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import BertForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))  # as when the script runs
@@ -19,6 +19,8 @@ from support import recipes  # noqa: E402
 from support.classification import Recipe  # noqa: E402
 from support.data import DataError, docs_data, tsv_data  # noqa: E402
 from support.recipes import RECIPES, RecipeError  # noqa: E402
+
+from tests.examples.tiny import WORDS, save_tiny_bert  # noqa: E402
 
 # --- the documentation strings ---------------------------------------------------------------------
 
@@ -211,39 +213,10 @@ def test_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
 
 # --- the script ------------------------------------------------------------------------------------
 
-MOODS = {"pos": ("good", "fine", "great"), "neg": ("bad", "poor", "awful")}
-SUBJECTS = ("film", "book", "plot", "cast")
-
 
 @pytest.fixture
 def tiny_bert(tmp_path: Path) -> Path:
-    """A BERT of two small layers with random weights and its tokenizer, as a folder."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    words = (*MOODS["pos"], *MOODS["neg"], *SUBJECTS, "the", "was", "very")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=20,
-        max_position_embeddings=16,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def reviews(tmp_path: Path) -> Path:
-    lines = []
-    for i in range(60):
-        label = ("neg", "pos")[i % 2]
-        mood, subject = MOODS[label][i % 3], SUBJECTS[i // 2 % 4]
-        lines.append(f"the {subject} was {'very ' * (i % 4)}{mood}\t{label}\n")
-    return write(tmp_path / "reviews.tsv", "".join(lines))
+    return save_tiny_bert(tmp_path / "tiny", WORDS)
 
 
 @pytest.mark.usefixtures("quick_accountant")
