@@ -12,10 +12,12 @@ from opacus.accountants.utils import get_noise_multiplier
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dpzoo.accounting import epsilon_of
-from dpzoo.errors import InputError
+from dpzoo.errors import InputError, first_line
 from dpzoo.integrations.arguments import PrivacyArguments
 from dpzoo.integrations.state import LEDGER_NAME, History, PrivacyState
 from dpzoo.ledger import Ledger
+
+MOST_EPSILON = 200.0
 
 
 class Account:
@@ -138,13 +140,32 @@ class Account:
 
 @functools.lru_cache(maxsize=64)  # the search takes seconds, and a plan and its run ask alike
 def noise_for(mechanism: str, epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The least noise multiplier that keeps epsilon after ``steps``, by one of Opacus' accountants."""
-    return float(
-        get_noise_multiplier(
-            target_epsilon=epsilon,
-            target_delta=delta,
-            sample_rate=rate,
-            steps=steps,
-            accountant=mechanism,
-        )
+    """The least noise multiplier that keeps epsilon after ``steps``, by one of Opacus' accountants.
+
+    Raises:
+        InputError: there is none, the accountant cannot compute with these numbers, or would take for ever.
+    """
+    terms = (
+        f"epsilon {epsilon:g} at delta {delta:.3g} after {steps:,} steps of sample rate {rate:.3g}, by "
+        f"Opacus' accountant {mechanism}"
     )
+    if mechanism == "prv" and epsilon > MOST_EPSILON:
+        raise InputError(
+            f"The noise for {terms}, is not searched for, wanted an epsilon of at most {MOST_EPSILON:g}: "
+            f"above, the search takes hours, and epsilon protects nobody."
+        )
+    try:
+        return float(
+            get_noise_multiplier(
+                target_epsilon=epsilon,
+                target_delta=delta,
+                sample_rate=rate,
+                steps=steps,
+                accountant=mechanism,
+            )
+        )
+    except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+        raise InputError(
+            f"No noise is found for {terms}: {first_line(error)}. Wanted a larger epsilon or delta, or "
+            f"fewer steps."
+        ) from error

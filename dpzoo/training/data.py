@@ -350,4 +350,9 @@ def _cell(column: str, row: int, value: Any) -> str:
         raise InputError(
             f"Row {row} has a {type(value).__name__} in column {column!r}, wanted a text or a number."
         )
-    return str(value)
+    text = str(value)
+    if not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise InputError(
+            f"Row {row} has half of a surrogate pair in column {column!r}, wanted Unicode text."
+        )
+    return text

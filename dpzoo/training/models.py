@@ -149,9 +149,12 @@ def make_trainable(model: Any, trainable: str, task: Task, rank: int) -> Any:
     """Freeze what is not to be trained, or put LoRA's adapters on; the model to train.
 
     Raises:
-        InputError: adapters without the package peft.
+        InputError: adapters without the package peft, or of a rank above the model's width.
     """
     if trainable == "lora":
+        width = getattr(model.config, "hidden_size", rank)
+        if rank > width:
+            raise InputError(f"lora_rank={rank}, wanted at most the model's width, {width}.")
         try:
             import peft
         except ImportError:

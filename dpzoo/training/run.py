@@ -172,6 +172,19 @@ def _resumed(recipe: Recipe, wrote: dict[str, Any]) -> tuple[Recipe, dict[str, A
 
 def _refuse_used(job: Job, resume: bool) -> None:
     out = Path(job.recipe.out)
+    for folder in (out, job.work):  # now, and not when the training is done
+        try:
+            new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+            if new:
+                folder.rmdir()
+        except OSError:
+            writable = False
+        if not writable:
+            raise InputError(
+                f"{folder} is no folder that can be written. Name another with out (--out)."
+            )
     if out.exists() and any(out.iterdir()):
         raise InputError(f"The folder {out} is not empty. Name another with out (--out).")
     found = sorted(job.work.glob("checkpoint-*"))

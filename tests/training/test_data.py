@@ -181,6 +181,10 @@ def test_texts_alone_are_for_language_modelling() -> None:
     assert (task.name, task.text, task.prompt) == ("language-modelling", "text", None)
     assert texts_of(table, "text") == ["a", "b", ""]
     assert texts_of(Table({"text": ["a", float("nan"), 2.5]}), "text") == ["a", "", "2.5"]
+    with pytest.raises(
+        dpzoo.InputError, match="Row 1 has half of a surrogate pair in column 'text'"
+    ):
+        texts_of(Table({"text": ["a \ud83d"]}), "text")
     with pytest.raises(dpzoo.InputError, match="Row 2 has a dict in column 'text', wanted a text"):
         texts_of(Table({"text": ["a", {"role": "user"}]}), "text")
 

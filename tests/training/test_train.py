@@ -241,6 +241,26 @@ def test_a_killed_run_goes_on(
             "There is no file not/there.json. Name the path of a config.json",
         ),
         ({"max_length": 3}, "max_length=3, wanted at least 4 tokens"),
+        (
+            {"lora_rank": 17, "trainable": "lora"},
+            "lora_rank=17, wanted at most the model's width, 16",
+        ),
+        (
+            {"epsilon": 201},
+            r"epsilon 201 at .* by Opacus' accountant prv, is not searched for, wanted",
+        ),
+        (
+            {"delta": 1e-300},
+            r"No noise is found for epsilon 3 at delta 1e-300 after 5 steps .*: Floating",
+        ),
+        (
+            {"epochs": 1e9},
+            "No noise is found for epsilon 3 at .* after 5,000,000,000 steps of sample",
+        ),
+        (
+            {"epsilon": 1e-9, "delta": 1e-6},
+            "No noise is found for epsilon 1e-09 .*: The privacy budget is too low. Wan",
+        ),
         ({"seed": -1}, "seed=-1, wanted a whole number from 0, below"),
         ({"seed": 2**32}, "seed=4294967296, wanted a whole number"),
         ({"out": " "}, "out=' ', wanted the name of a folder"),
@@ -399,6 +419,19 @@ def test_rows_that_say_nothing(rows: list[Any], message: str, folder: Path) -> N
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(dpzoo.InputError, match=message):
         dpzoo.train(recipe(folder))
+
+
+@pytest.mark.parametrize("out", ["rows.jsonl", "rows.jsonl/out", "loop", "x" * 300, "taken"])
+def test_a_folder_that_cannot_be_written_is_named_before_the_training(
+    out: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "taken.run").write_text("a file")
+    monkeypatch.setattr(module._Job, "train", lambda *_: pytest.fail("trained"))
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(dpzoo.InputError, match="is no folder that can be written"):
+        dpzoo.train(recipe(folder, out=str(folder / out)))
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_every_row_needs_an_owner(folder: Path) -> None:
