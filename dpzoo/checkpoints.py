@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dpzoo.errors import DpzooError, InputError
+from dpzoo.errors import InputError, loading
 from dpzoo.models.base import PerSampleModel
 from dpzoo.models.fields import read_fields
 from dpzoo.pretrained import _class_for, refuse_unknown_family
@@ -209,18 +209,8 @@ def reading(source: str | Path) -> Iterator[dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield where
-    except DpzooError:
-        raise
-    except BaseException as error:
-        # The tokenizers' and safetensors' own panics are no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        away = "the hub cannot be reached, and this in the cache: " if where else ""
-        reason = " ".join(str(error).split()) or "no message"
-        raise InputError(
-            f"{source} cannot be loaded by transformers ({type(error).__name__}): {away}{reason}"
-        ) from error
+        with loading(source, "the hub cannot be reached, and this in the cache: " if where else ""):
+            yield where
     finally:
         transformers.logging.set_verbosity(level)
         if bars:

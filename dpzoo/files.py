@@ -5,6 +5,7 @@ What a killed process leaves (``.part-...-NAME``) is removed by the next one tha
 """
 
 import ctypes
+import errno
 import glob
 import hashlib
 import os
@@ -39,6 +40,8 @@ def path_of(path: object, asker: str, wanted: str) -> str:
             f"{asker} got a {type(path).__name__}, wanted {wanted}. For bytes in memory, take a temporary "
             f"file or folder."
         )
+    if not os.fspath(path):
+        raise InputError(f"{asker} got an empty path, wanted {wanted}.")
     return os.fspath(path)
 
 
@@ -57,6 +60,8 @@ def whole_file(path: PathLike, *, mode: int = 0o666) -> Iterator[Path]:
         OSError: it could not be written; what was there before stands.
     """
     place = _place(path)
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     part = _name(place, "part")
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
@@ -191,6 +196,8 @@ def is_part(path: Path) -> bool:
 def _place(path: PathLike) -> Path:
     """Where to write, with what killed processes left there put right."""
     place = Path(os.path.realpath(path))
+    if place.is_symlink():  # to itself
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
     for left in place.parent.glob(f".*-{_NODE}-*-{glob.escape(_short(place))}"):
         if not _orphaned(left):
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from dpzoo.errors import UnsupportedModelError
+from dpzoo.errors import UnsupportedModelError, loading
 from dpzoo.models.base import PerSampleModel
 from dpzoo.models.fields import CONFIG_ARGUMENTS, read_fields, refuse_sizes
 from dpzoo.registry import FAMILIES, class_by_name, list_models, model_class
@@ -35,6 +35,7 @@ def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -
     Raises:
         UnsupportedModelError: a family, task or saved class that dpzoo does not have.
         UnsupportedConfigError: a config field that the class cannot honour, or a size that no model has.
+        InputError: a file that is damaged, or weights of which the class has none.
         OSError: transformers cannot find or read the checkpoint.
     """
     config = kwargs.get("config")
@@ -42,7 +43,8 @@ def from_pretrained(name_or_path: Any, task: str | None = None, **kwargs: Any) -
         where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
         place = name_or_path if config is None else config
         read_fields(place, **where)
-        config = AutoConfig.from_pretrained(place, **where)
+        with loading(place, as_stock=True):
+            config = AutoConfig.from_pretrained(place, **where)
     return _class_for(config, task, str(name_or_path)).from_pretrained(name_or_path, **kwargs)
 
 

@@ -150,7 +150,7 @@ def model_class(family: str, task: str) -> type[PerSampleModel]:
         known = "has no class for" if task in TASKS else "does not know"
         raise UnsupportedModelError(
             f"Family {family!r} {known} task {task!r}. Wanted one of: {', '.join(tasks)}."
-            + _suggestion(PIPELINE_TASKS.get(task, task), tasks)
+            + _suggestion(PIPELINE_TASKS.get(task, str(task)), tasks)
         )
     return CLASSES[family, task]
 

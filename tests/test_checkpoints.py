@@ -327,6 +327,54 @@ def test_a_missing_folder_is_no_hub_id_and_a_hub_out_of_reach_is_asked_once(
     assert message in capsys.readouterr().err
 
 
+def no_safetensors(folder: Path, saved: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    if isinstance(saved, bytes):
+        (folder / "pytorch_model.bin").write_bytes(saved)
+    elif isinstance(saved, str):
+        (folder / "model.safetensors.index.json").write_text(saved)
+    else:
+        torch.save(saved, folder / "pytorch_model.bin")
+
+
+DAMAGED: list[tuple[Callable[[Path], Any], str]] = [
+    (truncated, r"cannot be loaded by transformers \(SafetensorError\)"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 12), r"\(SafetensorError\): .*too large"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 12), r"\(SafetensorError\): .*invalid JSON"),
+    (lambda f: no_safetensors(f, "{}"), r"cannot be loaded by transformers \(KeyError\): 'weight_map'"),
+    (lambda f: no_safetensors(f, "[]"), r"cannot be loaded by transformers \(TypeError\): list indices"),
+    (lambda f: no_safetensors(f, '{"weight_map": [1]}'), r"by transformers \(AttributeError\)"),
+    (lambda f: no_safetensors(f, '{"metadata": {}, "weight_map": {"a": 3}}'), r"\(TypeError\): "),
+    (lambda f: no_safetensors(f, b""), r"cannot be loaded by transformers \(EOFError\): no message"),
+    (lambda f: no_safetensors(f, b"hello"), r"cannot be loaded by transformers \(KeyError\)"),
+    (lambda f: no_safetensors(f, [1, 2]), r"cannot be loaded by transformers \(TypeError\)"),
+    (no_object, r"cannot be loaded by transformers \(\w+\)"),
+    (lambda f: (f / "adapter_config.json").write_text("{"), r"by transformers \(JSONDecodeError\)"),
+    (lambda f: edit_config(f, problem_type="x"), r"problem_type='x', wanted one of: regression, single_la"),
+    (lambda f: edit_config(f, dtype="float99"), r"by transformers \(AttributeError\): module 'torch' has"),
+    # As a training loop of somebody's has it, with the weights one level down.
+    (
+        lambda f: no_safetensors(f, {"epoch": 3, "state_dict": load_file(f / "model.safetensors")}),
+        r"has none of its 41 parameters \(bert.embeddings.* and other keys: epoch, state_dict.*Wanted a",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("breaks", "message"), DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_checkpoint_is_an_error_of_ours_in_python_too(
+    breaks: Callable[[Path], Any], message: str, source: Path
+) -> None:
+    breaks(source)
+    for call in (dpzoo.from_pretrained, dpzoo.BertForSequenceClassification.from_pretrained):
+        with pytest.raises((InputError, UnsupportedConfigError), match=message):
+            call(source)
+
+
+def test_a_task_that_is_no_name(source: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="Family 'bert' does not know task 3"):
+        dpzoo.from_pretrained(source, task=3)  # type: ignore[arg-type]
+
+
 def test_a_file_is_no_checkpoint(source: Path, capsys: Any) -> None:
     assert main(["audit", str(source / "model.safetensors")]) == 2
     assert (

@@ -222,6 +222,27 @@ def test_a_saved_model_leaves_no_weights_of_an_earlier_one(tmp_path: Path) -> No
     ]
 
 
+def test_no_place_to_write_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = dpzoo.BertModel(tiny_config("BertModel"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(
+        dpzoo.InputError, match="save_pretrained got an empty path, wanted the path of a"
+    ):
+        model.save_pretrained("")
+    with pytest.raises(
+        dpzoo.InputError, match="from_pretrained got an empty path, wanted a hub id or"
+    ):
+        dpzoo.from_pretrained("")
+    with pytest.raises(OSError, match=r"symbolic links: .*loop"):
+        model.save_pretrained("loop")
+    with pytest.raises(OSError, match="symbolic links: 'loop'"):
+        write_text("loop", "text")
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path, "text")
+    assert os.listdir(tmp_path) == ["loop"]
+
+
 def test_saving_over_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(

@@ -1,5 +1,6 @@
 """``dpzoo bench``: what a private step costs, in time and memory."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ def run(options: Options) -> int:
         for batch, seq in shapes(options)
     ]
     settings = [setting for setting in options.settings.split(",") if setting]
+    if not settings:
+        raise InputError(f"--settings got none, wanted some of: {', '.join(SETTINGS)}.")
     effort: dict[str, Any] = {
         "processes": options.processes,
         "steps": options.steps,
@@ -159,6 +162,6 @@ def refuse_device(name: str) -> None:
 
 
 def _number(text: str, name: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise InputError(f"{name} got {text!r}, wanted whole numbers above 0, as in its --help.")
     return int(text)

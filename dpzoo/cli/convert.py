@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 from typer import Argument, Option
 
 from dpzoo.checkpoints import reading, some
@@ -82,6 +83,7 @@ def run(options: Options) -> int:
         DpzooError: SRC is nothing that dpzoo has.
     """
     refuse_target(options.source, options.target, options.overwrite)
+    transformers_logging.disable_progress_bar()  # of saving: ours says what is done
     with progress() as say, whole_folder(options.target) as folder:
         parity = convert_checkpoint(
             options.source,

@@ -6,6 +6,8 @@ import logging
 import math
 import secrets
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import opacus
@@ -38,7 +40,7 @@ from dpzoo.clipping.optimizer import (
 )
 from dpzoo.clipping.rules import rule_of
 from dpzoo.clipping.units import UnitRows, unit_loader, unit_terms
-from dpzoo.errors import InputError, first_line
+from dpzoo.errors import DpzooError, InputError, first_line
 from dpzoo.files import path_of, whole_file
 from dpzoo.ledger import Ledger
 from dpzoo.opacus_internals import on_ghost_backward
@@ -174,7 +176,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             nn.CrossEntropyLoss(reduction=loss_reduction) if criterion is None else criterion
         )
         reduced = getattr(criterion, "reduction", loss_reduction)
-        if reduced in ("mean", "sum") and reduced != loss_reduction:
+        given = (
+            reduced in ("mean", "sum") or grad_sample_mode == "bk" or "ghost" in grad_sample_mode
+        )
+        if given and reduced != loss_reduction:
             raise InputError(
                 f"make_private got a criterion with reduction={reduced!r} and "
                 f"loss_reduction={loss_reduction!r}, wanted the same: rows would be scaled by their number."
@@ -421,6 +426,18 @@ class PrivacyEngine(opacus.PrivacyEngine):
             ) from error
         state = checkpoint.pop(RELEASE_STATE, None)
         release = getattr(optimizer, "release", None)
+        try:
+            history = [(float(noise), float(rate), int(n)) for noise, rate, n in account["history"]]
+            if not all(noise >= 0 and 0 < rate <= 1 and n > 0 for noise, rate, n in history):
+                raise ValueError(f"its account has the steps {history}")
+            head = None if state is None else state.pop("head")
+            saved = None if state is None else state["release"]
+            run, taken = ("", 0) if saved is None else (str(saved["run"]), int(saved["steps"]))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}: {first_line(error)}), wanted a checkpoint as "
+                f"save_checkpoint wrote it: it is not known what was spent."
+            ) from error
         if release is not None and state is None:
             raise InputError(
                 f"{path} has no noise state, wanted a checkpoint that this engine saved with its "
@@ -429,11 +446,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         ledger, paid = Ledger(f"{path}.ledger"), []
         if state is not None:
-            head, saved = state.pop("head"), state["release"]
             if release is not None and head is not None:
-                ledger.require(saved["run"], head, begun=False)
+                ledger.require(run, head, begun=False)
             if ledger.path.exists():
-                paid = ledger.paid(saved["run"], after=saved["steps"])
+                paid = ledger.paid(run, after=taken)
             elif head is not None:
                 log.warning(
                     "The ledger %s is gone: steps that were taken after %s was written are not in "
@@ -441,9 +457,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     ledger.path,
                     path,
                 )
-        self._refuse_to_forget(path, [*account["history"], *paid], state)
-        module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
-        self.accountant.load_state_dict(account)
+        self._refuse_to_forget(path, [*history, *paid], run)
+        with _fitting(path, "model"):
+            module.load_state_dict(weights, **(module_load_dict_kwargs or {}))
+        with _fitting(path, "accountant"):
+            self.accountant.load_state_dict(account)
         self.accountant.history.extend(paid)
         if paid:
             log.warning(
@@ -464,25 +482,42 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     stacklevel=2,
                 )
             elif saved is not None:
-                own.load_state_dict(saved)
+                with _fitting(path, key):
+                    own.load_state_dict(saved)
         if release is not None:
-            if isinstance(optimizer, BookKeepingOptimizer):
-                optimizer.load_noise_state(state)
-            else:
-                release.load_state(state["release"])
+            with _fitting(path, "noise"):
+                if isinstance(optimizer, BookKeepingOptimizer):
+                    optimizer.load_noise_state(state)
+                else:
+                    release.load_state(state["release"])
             release.watched_by(ledger)
         return checkpoint
 
-    def _refuse_to_forget(self, path: Any, loaded: list[Any], state: dict[str, Any] | None) -> None:
+    def _refuse_to_forget(self, path: Any, loaded: list[Any], run: str) -> None:
         """Raise if the file's account lacks steps that this engine has accounted."""
         own, there = (sum(entry[2] for entry in h) for h in (self.accountant.history, loaded))
         known = {release.run for release in self._releases}
-        if own and (own > there or (state is not None and state["release"]["run"] not in known)):
+        if own and (own > there or (run and run not in known)):
             raise InputError(
                 f"load_checkpoint got an engine that has accounted {own} steps, and {path} has an account "
                 f"of {there}, wanted a new PrivacyEngine, or a file of the same run with its ledger: the "
                 f"engine's own steps would be forgotten. The epsilons of two runs add up."
             )
+
+
+@contextmanager
+def _fitting(path: Any, what: str) -> Iterator[None]:
+    """A block that takes up a part of a checkpoint: what does not fit is named."""
+    try:
+        yield
+    except DpzooError:
+        raise
+    except Exception as error:  # as torch and optimizers of others have it
+        raise InputError(
+            f"{path} has a state of the {what} that does not fit the one that was given "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('. ')}), wanted that of "
+            f"the same run."
+        ) from error
 
 
 def _watch(private: Any, module: nn.Module, dropped: Any) -> None:

@@ -103,7 +103,7 @@ class PrivacyState:
             if version == VERSION and digest != _digest(fields):
                 raise ValueError("it does not have the digest of what it says")
             del fields["version"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{folder / STATE_NAME} is damaged ({error!r}), so it is not known what has been spent. "
                 f"Resume from an earlier checkpoint."

@@ -34,6 +34,7 @@ from dpzoo.clipping import PrivacyEngine
 from dpzoo.clipping.ranks import Ranks, silence
 from dpzoo.clipping.units import UnitRows, unit_terms
 from dpzoo.errors import InputError
+from dpzoo.files import path_of
 from dpzoo.integrations.accounting import Account
 from dpzoo.integrations.arguments import PrivacyArguments, private_arguments, settings_of
 from dpzoo.integrations.batches import (
@@ -332,7 +333,8 @@ class DPTrainer(PublishingTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(self.args.output_dir) or True
         elif resume_from_checkpoint:
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            wanted = "True, or the path of a checkpoint"
+            resume_from_checkpoint = path_of(resume_from_checkpoint, "DPTrainer.train()", wanted)
         self._count(self.train_dataset, self.args)
         if isinstance(resume_from_checkpoint, str):
             steps = self._resume(resume_from_checkpoint)

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from dpzoo import grad_samplers  # noqa: F401  (registers the samplers of the parts)
-from dpzoo.errors import InputError, UnsupportedModelError
+from dpzoo.errors import InputError, UnsupportedModelError, loading
 from dpzoo.files import path_of, whole_folder
 from dpzoo.layers.embeddings import HoldsTables
 from dpzoo.layers.guards import refuse_unclipped
@@ -242,13 +242,26 @@ class PerSampleModel(HoldsTables, PreTrainedModel):
             UnsupportedModelError: the checkpoint is of another family.
             UnsupportedConfigError: a config field that cannot be honoured, or a size that no model has.
             ConversionError: the class is a user's subclass with parameters of its own.
+            InputError: a file that is damaged, or weights of which the class has none (they are random with
+                ``output_loading_info=True``, which says so).
         """
-        refuse_checkpoint(cls, pretrained_model_name_or_path, **kwargs)
-        loaded = stock_class(cls).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if kwargs.get("output_loading_info"):
-            model, report = loaded
-            return cls.from_stock(model, release=True), report
-        return cls.from_stock(loaded, release=True)
+        source, told = pretrained_model_name_or_path, kwargs.get("output_loading_info")
+        refuse_checkpoint(cls, source, **kwargs)
+        with loading(source, as_stock=True):
+            stock = stock_class(cls)
+            model, report = stock.from_pretrained(
+                source, *args, **{**kwargs, "output_loading_info": True}
+            )
+        names = {name for name, _ in model.named_parameters()}
+        if not told and names <= {*report["missing_keys"]}:
+            raise InputError(
+                f"{cls.__name__} got {source}, which has none of its {len(names)} parameters "
+                f"({', '.join(sorted(names)[:3])}, ...), and other keys: "
+                f"{', '.join(sorted(report['unexpected_keys'])[:3]) or 'none'}. Wanted a state dict with "
+                f"the stock names."
+            )
+        made = cls.from_stock(model, release=True)
+        return (made, report) if told else made
 
     @classmethod
     def from_stock(cls, model: PreTrainedModel, *, release: bool = False) -> Any:

@@ -27,7 +27,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from dpzoo.errors import UnsupportedConfigError, UnsupportedModelError
+from dpzoo.errors import UnsupportedConfigError, UnsupportedModelError, loading
 from dpzoo.files import path_of
 
 _FULL_ATTENTION = "every layer attends to the whole sequence, over a cache of its own"
@@ -121,6 +121,7 @@ UNSET_OUTPUTS: Mapping[str, str] = MappingProxyType(
 """Output fields that are always None, and why."""
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), (0, 10_000)),
@@ -203,7 +204,10 @@ def read_fields(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
     """
     path_of(name_or_path, "from_pretrained", "a hub id or the path of a folder")
     where = {key: kwargs[key] for key in CONFIG_ARGUMENTS if key in kwargs}
-    fields: dict[str, Any] = PreTrainedConfig.get_config_dict(name_or_path, **where)[0]
+    with loading(name_or_path, as_stock=True):
+        fields: dict[str, Any] = PreTrainedConfig.get_config_dict(name_or_path, **where)[0]
+        if not isinstance(fields, dict):
+            raise TypeError(f"its config.json has a {type(fields).__name__}, wanted an object")
     refuse_sizes(str(name_or_path), fields)
     return fields
 
@@ -250,6 +254,8 @@ def _wrong_values(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         elif field in ("initializer_range", "layer_norm_eps", "layer_norm_epsilon"):
             if not (number and 0 <= value < math.inf):
                 yield field, "a number from 0 on"
+        elif field == "problem_type" and value not in (None, *PROBLEM_TYPES):
+            yield field, f"one of: {', '.join(PROBLEM_TYPES)}"
         elif field == "architectures" and value is not None:
             if not (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)):
                 yield field, "a list of names of classes"

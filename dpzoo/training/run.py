@@ -151,7 +151,7 @@ def _resumed(recipe: Recipe, wrote: dict[str, Any]) -> tuple[Recipe, dict[str, A
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         kept, first = Recipe.of(saved["recipe"]), dict(saved["written"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({first_line(error)}), so it is not known what the run was begun with. "
             f"Restore it, or begin a new run with another out: the two runs' epsilons then add up."

@@ -267,6 +267,10 @@ def test_json_is_json_where_the_arguments_do_not_parse(capsys: pytest.CaptureFix
     ("words", "message"),
     [
         (["--threads", "0"], "--threads got '0', wanted whole numbers above 0"),
+        (["--threads", "99999999999"], "--threads got '99999999999', wanted whole numbers"),
+        (["--batch", "9" * 30], "9999', wanted whole numbers above 0"),
+        (["--seq", "²"], "--seq got '²', wanted whole numbers above 0"),
+        (["--settings", ""], "--settings got none, wanted some of: gradient, step, amortized"),
         (["--device", "cuda:7"], "--device got 'cuda:7' ("),
         (["--device", "toaster"], "--device got 'toaster' ("),
         (["--plot", "growth.png"], "There is nothing to plot: wanted at least two workloads"),
@@ -281,7 +285,7 @@ def test_bench_checks_its_options_before_it_measures(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dpzoo.cli.bench, "bench", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr("dpzoo.cli.bench.bench", lambda *args, **kwargs: pytest.fail("measured"))
     assert main(["bench", "gpt2", *words]) == 2
     assert message in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,65 @@ def test_a_generator_of_the_users_is_named(caplog: pytest.LogCaptureFixture) -> 
 class Runs:
     def __reduce__(self) -> Any:
         return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("mode", ["bk", "ghost"])
+def test_a_criterion_without_a_reduction_is_refused(mode: str) -> None:
+    for reduction in ("none", "sum"):
+        model = nn.Linear(2, 2)
+        with pytest.raises(InputError, match=f"reduction='{reduction}' and loss_reduction='mean'"):
+            dpzoo.PrivacyEngine().make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                criterion=nn.CrossEntropyLoss(reduction=reduction),
+                data_loader=DataLoader(
+                    TensorDataset(torch.zeros(4, 2), torch.zeros(4)), batch_size=2
+                ),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+                grad_sample_mode=mode,
+            )
+
+
+HISTORY = "privacy_accountant_state_dict"
+DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda c: c.clear(), r"is no checkpoint that can be read .KeyError|read without running code in it"),
+    (lambda c: c.update(module_state_dict=3), r"state of the model that does not fit .* \(TypeError: Exp"),
+    (lambda c: c.update(module_state_dict={"x": torch.ones(1)}), r"of the model .*Missing key.*, wanted"),
+    (lambda c: c[HISTORY].update(mechanism="zz"), "of the accountant that does not fit .*: state_dict of"),
+    (lambda c: c.update({HISTORY: 3}), r"is damaged \(TypeError: .*it is not known what was spent"),
+    (lambda c: c[HISTORY].update(history=[(1, 2)]), r"is damaged \(ValueError: not enough values"),
+    (lambda c: c[HISTORY].update(history=[(-1.0, 0.5, 2)]), r"damaged \(ValueError: its account has the"),
+    (lambda c: c[HISTORY].update(history=[(float("nan"), 0.5, 2)]), r"its account has the steps \[\(nan"),
+    (lambda c: c[HISTORY].update(history=[(1.0, 0.5, -2)]), "its account has the steps"),
+    (lambda c: c[HISTORY].update(history=[(1.0, 1.5, 2)]), "its account has the steps"),
+    (lambda c: c.update(optimizer_state_dict=3), r"state of the optimizer that does not fit .*\(Attrib"),
+    (lambda c: c["optimizer_state_dict"].update(param_groups=[]), "of the optimizer .* parameter groups"),
+    (lambda c: c.update(dpzoo_release=3), r"is damaged \(AttributeError: 'int' object"),
+    (lambda c: c.update(dpzoo_release={}), r"is damaged \(KeyError: 'head'\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=range(len(DAMAGE)))
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    damage: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
+) -> None:
+    run, path = Run(noise_multiplier=1.0, poisson_sampling=False), tmp_path / "run.pt"
+    train(run, 2)
+    run.engine.save_checkpoint(path=path, module=run.private, optimizer=run.optimizer)
+    checkpoint = torch.load(path, weights_only=False)
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    other = Run(noise_multiplier=1.0, poisson_sampling=False)
+    with pytest.raises(InputError, match=message):
+        other.engine.load_checkpoint(path=path, module=other.private, optimizer=other.optimizer)
+    assert other.engine.accountant.history in ([], run.engine.accountant.history)
+
+
+def test_a_checkpoint_is_not_written_over_a_folder(tmp_path: Path) -> None:
+    run = Run()
+    with pytest.raises(IsADirectoryError):
+        run.engine.save_checkpoint(path=tmp_path, module=run.private, optimizer=run.optimizer)
 
 
 def test_a_checkpoint_that_runs_code_is_refused(

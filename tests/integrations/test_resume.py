@@ -425,6 +425,22 @@ def test_an_account_that_was_changed_is_refused(
         trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(path.parent))
 
 
+@pytest.mark.parametrize("value", [3, [1], {"a": 1}, 1.5])
+def test_what_is_no_path_is_no_checkpoint(value: Any, start: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        dpzoo.InputError, match=r"DPTrainer.train\(\) got a \w+, wanted True, or the path"
+    ):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=value)
+
+
+def test_nested_json_is_damage(start: Any, checkpoint: Path, tmp_path: Path) -> None:
+    copied = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, copied)
+    (copied / STATE_NAME).write_text("[" * 100_000)
+    with pytest.raises(dpzoo.InputError, match=r"is damaged .*recursion depth"):
+        trainer_of(start, tmp_path, **SAVED).train(resume_from_checkpoint=str(copied))
+
+
 def test_a_state_of_another_version_is_refused(
     start: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
