@@ -433,6 +433,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             head = None if state is None else state.pop("head")
             saved = None if state is None else state["release"]
             run, taken = ("", 0) if saved is None else (str(saved["run"]), int(saved["steps"]))
+            if sum(n for _, _, n in history) < taken:
+                raise ValueError(f"of {taken} steps that were taken its account has {history}")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}: {first_line(error)}), wanted a checkpoint as "

@@ -168,6 +168,7 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c[HISTORY].update(history=[(float("nan"), 0.5, 2)]), r"its account has the steps \[\(nan"),
     (lambda c: c[HISTORY].update(history=[(1.0, 0.5, -2)]), "its account has the steps"),
     (lambda c: c[HISTORY].update(history=[(1.0, 1.5, 2)]), "its account has the steps"),
+    (lambda c: c[HISTORY].update(history=[]), r"of 2 steps that were taken its account has \[\]\), wanted"),
     (lambda c: c.update(optimizer_state_dict=3), r"state of the optimizer that does not fit .*\(Attrib"),
     (lambda c: c["optimizer_state_dict"].update(param_groups=[]), "of the optimizer .* parameter groups"),
     (lambda c: c.update(dpzoo_release=3), r"is damaged \(AttributeError: 'int' object"),
