@@ -24,7 +24,7 @@ user hooks and parametrisations need no special case.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,8 @@ class ParameterCall(NamedTuple):
     row_tensors: list[torch.Tensor]
     shared: list[torch.Tensor]
 
+
+UNSEEN = "an unseen function (beside other rows a row gets another output)"
 
 SIZED = ("new_zeros", "new_ones", "new_empty", "new_full", "narrow")
 """Functions that take whole numbers for sizes."""
@@ -196,6 +198,8 @@ class Recorder(TorchFunctionMode):
                 self._in_place(entry, args, kwargs, row_tensors, target)
                 return
         elif not isinstance(out, (tuple, list)):
+            if entry.name == "register_hook":
+                self.uses.append((entry.name,))
             if entry.name == "setitem":
                 self._in_place(entry, args, kwargs, row_tensors, args[0])
             return
@@ -295,7 +299,12 @@ class Recorder(TorchFunctionMode):
         """The target of an in-place function keeps its layout, or takes that of what is put in."""
         if getattr(target, MARK, None) is not None and self.layout_of(target) is not None:
             values = [x for x in row_tensors if x is not target]
-            if entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
+            mixed = next((v for v in values if isinstance(self.layout_of(v), Mixed)), None)
+            if mixed is not None:
+                for changed in (target, target._base):
+                    if changed is not None:
+                        self.mark(changed, self.layout_of(mixed))
+            elif entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
                 self._check_target(entry, args, target, values)
             elif entry.name == "setitem":
                 self._put(target, args[1], args[2])
@@ -428,9 +437,16 @@ class Recorder(TorchFunctionMode):
             f"{self.rows} rows in its first dimension. Use torch functions there."
         )
 
-    def see_outputs(self, outputs: Iterable[torch.Tensor]) -> None:
-        """Note where the rows are in the model's outputs: that is part of the kind of batch."""
-        for tensor in outputs:
+    def see_outputs(self, outputs: Iterable[torch.Tensor], dependent: Collection[int] = ()) -> None:
+        """Note where the rows are in the model's outputs: that is part of the kind of batch.
+
+        Args:
+            outputs: the tensors of the model's output.
+            dependent: which of them were found to depend on other rows.
+        """
+        for k, tensor in enumerate(outputs):
+            if k in dependent:
+                self.mixed.append((tensor.grad_fn, UNSEEN))
             layout = self.layout_of(tensor)
             if isinstance(layout, Mixed):
                 if tensor.grad_fn is not None and layout.function not in INDEXING:
@@ -536,7 +552,12 @@ class Recorder(TorchFunctionMode):
 
 
 def run_backward(
-    recorder: Recorder, total: torch.Tensor, anchor: torch.Tensor | None, *, retain_graph: bool
+    recorder: Recorder,
+    total: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+    *,
+    accumulate: bool = False,
+    retain_graph: bool,
 ) -> None:
     """A backward pass in which non-reentrant checkpoints are recorded as they were in the forward pass.
 
@@ -547,7 +568,8 @@ def run_backward(
     Args:
         recorder: of the forward pass.
         total: a scalar.
-        anchor: what a gradient is asked for; None for all leaves, into their ``grad``.
+        leaves: what gradients are asked for, and of nothing else.
+        accumulate: whether they are added to the leaves' ``grad``.
         retain_graph: whether the graph is needed again.
     """
     ones = torch.ones_like(total)
@@ -557,9 +579,9 @@ def run_backward(
             (ones,),
             retain_graph,
             False,
-            () if anchor is None else (anchor,),
+            tuple(leaves),
             allow_unreachable=True,
-            accumulate_grad=anchor is None,
+            accumulate_grad=accumulate,
         )
 
 
