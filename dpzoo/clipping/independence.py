@@ -153,7 +153,8 @@ def _unequal(
     wrong = set()
     for k, (a, b) in enumerate(zip(base, other, strict=False)):
         layout = layout_of(a, rows)
-        if isinstance(layout, Mixed) and layout.function in INDEXING and len(a) == rows:
+        unseen = layout is None or (isinstance(layout, Mixed) and layout.function in INDEXING)
+        if unseen and a.ndim and len(a) == rows:
             layout = FIRST
         if not isinstance(layout, (Layout, Indexed)) or not a.numel():
             continue

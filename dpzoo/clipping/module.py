@@ -346,6 +346,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             losses, self.name_of, self._names, [*self._mixed, *recorder.mixed]
         )
         several = rows > 1, units.count > 1
+        recorder.see_hooks()
         kind = hash((frozenset((*recorder.uses, *self._earlier)), functions, several))
         count = self._checked.get(kind, 0) + 1
         # Not the first alone: a layer that starts at zero (LoRA's B, a gate) hides what is below it.

@@ -104,6 +104,7 @@ class Recorder(TorchFunctionMode):
         self._used_shared: list[tuple[Any, int, str]] = []
         self.inputs: list[torch.Tensor] = []
         """The batch's tensors with its rows in front, (rows, ...) each."""
+        self._outputs: list[weakref.ref[torch.Tensor]] = []
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
         self._classes: dict[Any, bool] = {}
 
@@ -445,6 +446,7 @@ class Recorder(TorchFunctionMode):
             dependent: which of them were found to depend on other rows.
         """
         for k, tensor in enumerate(outputs):
+            self._outputs.append(weakref.ref(tensor))
             if k in dependent:
                 self.mixed.append((tensor.grad_fn, UNSEEN))
             layout = self.layout_of(tensor)
@@ -453,6 +455,13 @@ class Recorder(TorchFunctionMode):
                     self.mixed.append((tensor.grad_fn, layout.function))
             elif layout is not None:
                 self.uses.append(("output", layout_key(layout)))
+
+    def see_hooks(self) -> None:
+        """Note the gradient hooks that were put on the outputs: they are part of the kind of batch, too."""
+        for k, ref in enumerate(self._outputs):
+            tensor = ref()
+            if tensor is not None and tensor._backward_hooks:
+                self.uses.append(("register_hook", k))
 
     def refuse_changed(self) -> None:
         """Raise if a tensor that comes from parameters was changed in place after it was used with rows."""
