@@ -188,7 +188,9 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
         self.release = Release(source_of(generator) if noise is None else noise)
         self.draws = Draws(strict=False)
         self.sums: dict[torch.Tensor, torch.Tensor] = {}
-        self._versions: dict[torch.Tensor, int] = {}  # of the sums, as they were added up
+        self._versions: dict[
+            torch.Tensor, tuple[torch.Tensor, int]
+        ] = {}  # of the sums, as added up
         self._trained: frozenset[int] = frozenset()  # the parameters of the present sums
         self._clipped_at = 0.0  # the largest norm that a row of the present sums may have
         self.statistics: Any = None
@@ -286,7 +288,7 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
             else:
                 self._add_up(parameter, None)
             setattr(parameter, "summed_grad", self.sums.get(parameter))  # noqa: B010
-        self._versions = {parameter: total._version for parameter, total in self.sums.items()}
+        self._versions = {p: (total, total._version) for p, total in self.sums.items()}
         return total.sqrt(), factors.get(None), int((~finite).sum())
 
     def _before_sums(self) -> None:
@@ -311,6 +313,7 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
         for parameter in self.sums:
             setattr(parameter, "summed_grad", None)  # noqa: B010
         self.sums.clear()
+        self._versions.clear()
         if self.statistics is not None:
             self.statistics.begin()
         self._trained, self._clipped_at = frozenset(), 0.0
@@ -363,7 +366,8 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
 
     def add_noise(self) -> None:
         """Turn the sums, in place, into the noised and scaled gradients."""
-        if any(total._version != self._versions[p] for p, total in self.sums.items()):
+        known = [(self.sums.get(p), *kept) for p, kept in self._versions.items()]
+        if any(now is total and total._version != version for now, total, version in known):
             raise InputError(
                 "A parameter's summed_grad was changed in place between backward() and step(), wanted it "
                 "for reading alone: rows would be in the sum with more than their clipping norm. Scale the "
