@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ class PrivateCriterion(DPLossFastGradientClipping):
         given = {id(x) for x in tensors_of(args[:2]) if x.ndim and len(x) % rows == 0}
         flat = "shape" in kwargs  # all rows' tokens in one list
 
-        def run(change: Change, count: int) -> list[torch.Tensor]:
+        def losses(change: Change) -> torch.Tensor:
             def changed(x: torch.Tensor) -> torch.Tensor:
                 marked = layout_of(x, rows) == FIRST
                 if not marked and (id(x) not in given or (len(x) > rows and not flat)):
@@ -159,22 +160,42 @@ class PrivateCriterion(DPLossFastGradientClipping):
 
             before = self.criterion.reduction
             try:
-                with Probe(self.module, count):
-                    made = super(PrivateCriterion, self).__call__(
-                        *mapped(changed, args), **mapped(changed, kwargs)
-                    )
+                made = super(PrivateCriterion, self).__call__(
+                    *mapped(changed, args), **mapped(changed, kwargs)
+                )
             finally:
                 self.criterion.reduction = before
-            losses: torch.Tensor = made.loss_per_sample
-            setattr(losses, MARK, (count, FIRST))
-            return [losses] if losses.shape == (count,) else []
+            of_rows: torch.Tensor = made.loss_per_sample
+            return of_rows
 
-        found = dependent_outputs(
-            run, rows, self.module.anchor.device, first=self.tried == 1, autocast=False
+        refuse_dependence("The criterion", losses, self.module, rows, first=self.tried == 1)
+
+
+def refuse_dependence(
+    who: str, losses: Callable[[Change], torch.Tensor], model: Any, rows: int, *, first: bool
+) -> None:
+    """Raise if a row's loss depends on other rows (`dpzoo.clipping.independence`).
+
+    Args:
+        who: computes the losses.
+        losses: with a function for each tensor that has the batch's rows; gives the losses.
+        model: the `BookKeepingHooks`.
+        rows: of the batch, two or more.
+        first: whether this is the first batch.
+
+    Raises:
+        InputError: a row has another loss beside other rows.
+    """
+
+    def run(change: Change, count: int) -> list[torch.Tensor]:
+        with Probe(model, count):
+            made = losses(change)
+        setattr(made, MARK, (count, FIRST))
+        return [made] if made.shape == (count,) else []
+
+    if dependent_outputs(run, rows, model.anchor.device, first=first, autocast=False):
+        raise InputError(
+            f"{who} gives a row another loss when other rows of the batch are changed, wanted each row's "
+            f"loss by itself: no statistic of the batch (class frequencies, a mean loss, other rows as "
+            f"negatives), with or without a gradient."
         )
-        if found:
-            raise InputError(
-                "The criterion gives a row another loss when other rows of the batch are changed, wanted "
-                "each row's loss by itself: no statistic of the batch (class frequencies, a mean loss, "
-                "other rows as negatives), with or without a gradient."
-            )
