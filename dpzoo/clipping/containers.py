@@ -24,26 +24,32 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_of(vars(value))
 
 
-def mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """A value with other tensors: in lists, tuples, mappings (which model outputs are), dataclasses too."""
+def mapped(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    value: Any,
+    rest: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """A value with other tensors: in lists, tuples, mappings (which model outputs are), dataclasses too.
+
+    Args:
+        change: of a tensor.
+        value: with tensors in it.
+        rest: of what is neither a tensor nor such a container.
+    """
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) in (list, tuple):
-        return type(value)(mapped(change, item) for item in value)
+        return type(value)(mapped(change, item, rest) for item in value)
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(mapped(change, item) for item in value)
+        return value._make(mapped(change, item, rest) for item in value)
+    data = is_dataclass(value) and not isinstance(value, type)
+    if not data and not isinstance(value, Mapping):
+        return rest(value)
+    made: Any = copy.copy(value)
     if isinstance(value, Mapping):
-        made: Any = copy.copy(value)
         for key, item in value.items():
-            made[key] = mapped(change, item)
-        for key, item in getattr(
-            value, "__dict__", {}
-        ).items():  # of dpzoo's outputs: the rows' losses
-            object.__setattr__(made, key, mapped(change, item))
-        return made
-    if is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for key, item in vars(value).items():
-            object.__setattr__(made, key, mapped(change, item))
-        return made
-    return value
+            made[key] = mapped(change, item, rest)
+    # Of dpzoo's outputs: the rows' losses.
+    for key, item in getattr(value, "__dict__", {}).items():
+        object.__setattr__(made, key, mapped(change, item, rest))
+    return made

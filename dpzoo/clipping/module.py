@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -168,7 +169,8 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 probe.mark(made)
                 return made
 
-            given, named = mapped(copied, (args, kwargs))
+            # What the model may change, such as a cache, is copied, too.
+            given, named = mapped(copied, (args, kwargs), copy.deepcopy)
             with probe:
                 return list(tensors_of(inner.forward(*given, **named)))
 

@@ -276,6 +276,26 @@ def test_rows_in_containers_are_followed(batch: Callable[[torch.Tensor], Any]) -
         run.criterion(run.private(batch(BATCH[0]), BATCH[0]), BATCH[1]).backward()
 
 
+def test_what_a_model_is_given_is_not_used_up() -> None:
+    """A cache, say, that grows in each pass."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.passes: list[int] = []
+
+    class Model(nn.Linear):
+        def forward(
+            self, x: torch.Tensor, cache: Cache, held: dict[str, list[int]]
+        ) -> torch.Tensor:
+            cache.passes.append(1)
+            held["passes"].append(1)
+            return super().forward(x)
+
+    run, cache, held = by_hand(model=Model(4, 3)), Cache(), {"passes": [0]}
+    run.criterion(run.private(BATCH[0], cache, held), BATCH[1]).backward()
+    assert (cache.passes, held) == ([1], {"passes": [0, 1]})
+
+
 def test_a_pass_before_the_last_is_looked_at_too() -> None:
     class Model(nn.Linear):
         def forward(self, x: torch.Tensor, centred: bool = False) -> torch.Tensor:
