@@ -75,7 +75,10 @@ class ParameterCall(NamedTuple):
 
 UNSEEN = "an unseen function (beside other rows a row gets another output)"
 
-SIZED = ("new_zeros", "new_ones", "new_empty", "new_full", "narrow")
+SIZED = (
+    *("new_zeros", "new_ones", "new_empty", "new_full", "narrow"),
+    *("view", "reshape", "expand", "unflatten"),
+)
 """Functions that take whole numbers for sizes."""
 
 
@@ -300,7 +303,8 @@ class Recorder(TorchFunctionMode):
         """The target of an in-place function keeps its layout, or takes that of what is put in."""
         if getattr(target, MARK, None) is not None and self.layout_of(target) is not None:
             values = [x for x in row_tensors if x is not target]
-            mixed = next((v for v in values if isinstance(self.layout_of(v), Mixed)), None)
+            floats = (v for v in values if v.is_floating_point())  # others may be places
+            mixed = next((v for v in floats if isinstance(self.layout_of(v), Mixed)), None)
             if mixed is not None:
                 for changed in (target, target._base):
                     if changed is not None:

@@ -15,7 +15,8 @@ import dpzoo
 from dpzoo.clipping.frozen import FrozenWatch
 from dpzoo.clipping.module import BookKeepingHooks
 from dpzoo.errors import InputError
-from tests.clipping.test_draws import BATCH, Run, Running, by_hand
+from tests.clipping.runs import BATCH, Run, by_hand
+from tests.clipping.test_sums import Running
 from tests.clipping.test_uses import DIM, SEQ, OneRow, floats, loss_of
 
 ROWS = 4
