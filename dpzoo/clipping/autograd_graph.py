@@ -84,7 +84,8 @@ def refuse_unseen(
         losses: the rows' losses, (rows,).
         name_of: a parameter's name.
         trained: ids of the parameters that are trained.
-        mixed: nodes of outputs in which rows were combined, and the function that combined them.
+        mixed: nodes of outputs in which rows were combined (None: without a gradient), and the function
+            that combined them.
 
     Returns:
         Names of the functions of the graph.
@@ -127,7 +128,7 @@ def refuse_unseen(
                     f"cannot be computed. Move that use into the forward, or freeze the parameter."
                 )
     for node, function in mixed:
-        if node in seen:
+        if node is None or node in seen:
             raise InputError(
                 f"The recorded per-sample gradients are not those of the rows: the losses use an output in "
                 f"which {function} combined rows of the batch, wanted each row by itself: what one row "

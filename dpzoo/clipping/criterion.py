@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
+from dpzoo.clipping.containers import mapped, tensors_of
+from dpzoo.clipping.independence import Change, Probe, dependent_outputs
+from dpzoo.clipping.layouts import FIRST, MARK, layout_of
 from dpzoo.errors import InputError
 
 
@@ -126,6 +130,72 @@ class PrivateCriterion(DPLossFastGradientClipping):
     pass ``shape=logits.shape``, as in Opacus' ghost mode.
     """
 
+    tried = 0  # batches of several rows
+
     def __call__(self, *args: Any, **kwargs: Any) -> PrivateLoss:
-        """The loss of a batch."""
+        """The loss of a batch.
+
+        Raises:
+            InputError: a row's loss is another one when other rows are changed. As in a forward pass
+                (`dpzoo.clipping.independence`), several changes are tried before the first batch, and one
+                before the batches 2, 4, 8 and so on.
+        """
+        rows = self.module.rows_of_pass
+        if rows > 1:
+            self.tried += 1
+            if not self.tried & (self.tried - 1):
+                self._refuse_dependence(rows, args, kwargs)
         return PrivateLoss(self, super().__call__(*args, **kwargs).loss_per_sample)
+
+    def _refuse_dependence(self, rows: int, args: Any, kwargs: Any) -> None:
+        given = {id(x) for x in tensors_of(args[:2]) if x.ndim and len(x) % rows == 0}
+        flat = "shape" in kwargs  # all rows' tokens in one list
+
+        def losses(change: Change) -> torch.Tensor:
+            def changed(x: torch.Tensor) -> torch.Tensor:
+                marked = layout_of(x, rows) == FIRST
+                if not marked and (id(x) not in given or (len(x) > rows and not flat)):
+                    return x
+                return change(x.detach().unflatten(0, (rows, -1))).flatten(0, 1)
+
+            before = self.criterion.reduction
+            try:
+                made = super(PrivateCriterion, self).__call__(
+                    *mapped(changed, args), **mapped(changed, kwargs)
+                )
+            finally:
+                self.criterion.reduction = before
+            of_rows: torch.Tensor = made.loss_per_sample
+            return of_rows
+
+        refuse_dependence("The criterion", losses, self.module, rows, first=self.tried == 1)
+
+
+def refuse_dependence(
+    who: str, losses: Callable[[Change], torch.Tensor], model: Any, rows: int, *, first: bool
+) -> None:
+    """Raise if a row's loss depends on other rows (`dpzoo.clipping.independence`).
+
+    Args:
+        who: computes the losses.
+        losses: with a function for each tensor that has the batch's rows; gives the losses.
+        model: the `BookKeepingHooks`.
+        rows: of the batch, two or more.
+        first: whether this is the first batch.
+
+    Raises:
+        InputError: a row has another loss beside other rows.
+    """
+
+    def run(change: Change, count: int) -> list[torch.Tensor]:
+        with Probe(model, count):
+            made = losses(change)
+        setattr(made, MARK, (count, FIRST))
+        return [made] if made.shape == (count,) else []
+
+    if dependent_outputs(run, rows, model.anchor.device, first=first, autocast=False):
+        raise InputError(
+            f"{who} gives a row another loss when other rows of the batch are changed, wanted each row's "
+            f"loss by itself: no statistic of the batch (class frequencies, a mean loss, other rows as "
+            f"negatives), with or without a gradient."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import secrets
 import warnings
 from collections.abc import Iterator
@@ -138,6 +139,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             UnsupportedModelError: a layer that learns from the batch without gradients.
         """
         refuse_optimizer(optimizer)
+        _check_norm(kwargs.get("max_grad_norm", 1.0))
         refuse_learning_buffers(module)
         data_loader = _units_of(data_loader, unit_ids, max_rows_per_unit)
         units = data_loader.dataset if isinstance(data_loader.dataset, UnitRows) else None
@@ -549,6 +551,15 @@ def _units_of(loader: DataLoader[Any], unit_ids: Any, most: int | None) -> DataL
         )
     _refuse_sampler(loader)
     return unit_loader(loader, unit_ids, most)
+
+
+def _check_norm(norm: Any) -> None:
+    each = norm if isinstance(norm, (list, tuple)) else [norm]
+    if not all(isinstance(n, numbers.Real) and 0 < float(n) < math.inf for n in each):
+        raise InputError(
+            f"max_grad_norm={norm!r}, wanted a number above 0 (for clipping='per_layer' a list of them): "
+            f"the norm that a row's gradient is clipped to."
+        )
 
 
 def _check_delta(name: str, delta: Any) -> None:

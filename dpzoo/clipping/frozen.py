@@ -6,6 +6,7 @@ without clipping and without noise.
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import torch
@@ -51,10 +52,10 @@ def refuse_learning_buffers(model: nn.Module) -> None:
 
 
 class FrozenWatch:
-    """Compares a model's buffers and parameters around each forward pass in training mode.
+    """Compares a model's buffers and parameters around forward passes with gradients or in training mode.
 
-    Version counters are compared in every pass, with gradients or without. A write to ``tensor.data``
-    leaves no version: at the passes 1, 2, 3, 4, 8, 16 and so on, digests of the values are compared, too.
+    Version counters are compared in every pass. A write to ``tensor.data`` leaves no version: at the passes
+    1, 2, 3, 4, 8, 16 and so on, and at one in 32 at random, digests of the values are compared, too.
 
     Args:
         model: the model; hooks are put on it.
@@ -87,9 +88,10 @@ class FrozenWatch:
         if self._depth > 1:
             return
         self._before = []
-        if module.training:
+        if module.training or torch.is_grad_enabled():
             self._passes += 1
             deep = self._passes < 4 or not self._passes & (self._passes - 1)
+            deep = deep or not secrets.randbelow(32)  # a layer that writes each tenth time, say
             for name, tensor in self._watched().items():
                 digest = _digest(tensor) if deep else None
                 self._before.append((name, tensor, tensor._version, digest))
@@ -101,6 +103,7 @@ class FrozenWatch:
         if self._depth or not self._before:
             return
         after = self._watched()
+        self._refuse_new(after)
         for name, tensor, version, digest in self._before:
             now = after.get(name)
             trained = tensor.requires_grad
@@ -123,6 +126,21 @@ class FrozenWatch:
                 f"noise. Put the layer that writes it into eval mode, or remove it."
             )
         self._before = []
+
+    def _refuse_new(self, after: dict[str, torch.Tensor]) -> None:
+        before = {name for name, *_ in self._before}
+        new = [n for n, x in after.items() if n not in before and not x.requires_grad]
+        kept = set(self._model.state_dict(keep_vars=True)) if new else set()
+        found = next((name for name in new if name in kept), None)
+        if found is not None:
+            self._before = []
+            self._dropped()
+            raise InputError(
+                f"{found} was made in a training forward pass, and is saved with the model, wanted nothing "
+                f"to change there but trained parameters: what it keeps of a batch has neither clipping "
+                f"nor noise. Make it before make_private, or register it with persistent=False if it is a "
+                f"constant."
+            )
 
 
 def _digest(x: torch.Tensor) -> int | None:

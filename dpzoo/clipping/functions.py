@@ -48,7 +48,7 @@ PLAIN_NAMES = _words(
     backward_hooks grad size dim numel nelement stride storage_offset is_floating_point is_complex
     is_contiguous element_size len item tolist bool int index repr str format hash get_device ndimension
     data_ptr untyped_storage storage is_inference is_signed is_same_size result_type broadcast_shapes
-    allclose equal is_tensor is_nonzero register_hook retain_grad retains_grad set_grad_enabled is_pinned
+    allclose equal is_tensor is_nonzero retain_grad retains_grad set_grad_enabled is_pinned
     can_cast is_conj is_neg is_shared volatile numpy array reduce_ex deepcopy dir contains requires_grad_
     is_coalesced sym_size sym_numel sym_stride register_post_accumulate_grad_hook is_autocast_enabled
     """

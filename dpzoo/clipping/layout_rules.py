@@ -68,9 +68,9 @@ def reduction(at: int = 1) -> Rule:
 
     def rule(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
         dim = argument(args, kwargs, at, ("dim", "axis"))
-        if isinstance(dim, (torch.Tensor, bool)):  # torch.max(a, b)
+        if isinstance(dim, torch.Tensor):  # torch.max(a, b)
             return shifted(layout, x, out)
-        if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        if isinstance(dim, bool) or dim is None or (isinstance(dim, (tuple, list)) and not dim):
             raise Mixing
         dims = dims_of(dim, x.ndim)
         if layout.dim in dims:
@@ -159,6 +159,13 @@ def along_default_first(
     dim = argument(args, kwargs, 1, ("dims",)) if len(args) < 3 else args[2]
     dims = dim if isinstance(dim, (tuple, list)) else [v for v in args[1:] if isinstance(v, int)]
     if not dims or layout.dim in dims_of(dims, x.ndim):
+        raise Mixing
+    return layout
+
+
+def triangle(n: int, args: Any, kwargs: Any, x: torch.Tensor, layout: AnyLayout, out: Any) -> Any:
+    """``triu``, ``tril``: what is left of an entry depends on its place in the last two dimensions."""
+    if layout.dim >= x.ndim - 2:
         raise Mixing
     return layout
 
@@ -349,7 +356,7 @@ def _table() -> dict[str, Rule]:
         "rrelu threshold  sinc xlogy softshrink hardshrink isclose logaddexp logit positive "
         "atan sinh cosh asinh acosh atanh  real imag conj float_power ldexp div_ signbit "
         "angle masked_fill_ rrelu_ normal uniform exponential random  log_normal geometric "
-        "cauchy pin_memory retain_grad alias iadd isub imul itruediv pos triu tril  isneginf "
+        "cauchy pin_memory retain_grad alias iadd isub imul itruediv pos isneginf "
         "isposinf view_as_real_ heaviside nextafter gt_ index_fill_ deg2rad rad2deg exp2 "
         "rtruediv rfloordiv  floordiv mod ifloordiv ipow rmod rand ror rxor lshift rshift "
         "ilshift irshift subtract multiply divide negative  absolute greater greater_equal "
@@ -367,9 +374,11 @@ def _table() -> dict[str, Rule]:
     rules["gumbel_softmax"] = along(4, -1)
     for name in names(
         "sum mean amax amin max min prod std var std_mean var_mean all any argmax argmin "
-        "logsumexp  count_nonzero median nanmean nansum mode aminmax quantile"
+        "logsumexp  count_nonzero median nanmedian nanmean nansum mode aminmax"
     ):
         rules[name] = reduction(1)
+    rules["quantile"] = rules["nanquantile"] = reduction(2)
+    rules["triu"] = rules["tril"] = triangle
     rules["norm"] = rules["linalg_vector_norm"] = rules["linalg_norm"] = reduction(2)
     rules["vector_norm"] = reduction(2)
     rules["vecdot"] = rules["linalg_vecdot"] = elementwise_reduced

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dpzoo.clipping.autograd_graph import RecordUse, refuse_unseen
+from dpzoo.clipping.containers import mapped, tensors_of
 from dpzoo.clipping.draws import in_another_order
 from dpzoo.clipping.factor_store import FactorStore
+from dpzoo.clipping.independence import Probe, dependent_outputs
 from dpzoo.clipping.optimizer import BookKeepingOptimizer
 from dpzoo.clipping.ranks import Shards, refuse_unseen_ranks, silence
 from dpzoo.clipping.recorder import Recorder, run_backward
@@ -69,6 +71,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._earlier: set[Any] = set()  # uses in earlier forward passes, since the last backward
         self._passes: deque[list[torch.Tensor]] = deque(maxlen=4)  # inputs of these
         self._moved = False  # rows of these came again at other places
+        self._mixed: list[tuple[Any, str]] = []  # outputs of these in which rows were combined
+        self._tried = 0  # forward passes of several rows
+        self._uses: set[str] = set()  # functions that used parameters in them
+        self._due = False  # there was a new one
+        self._dependent: set[int] = set()  # outputs of this pass in which rows depend on others
         self._names: dict[int, str] = {}
         self._norms: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
@@ -92,10 +99,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
             return None
-        tensors = list(_tensors_of((args, kwargs)))
+        tensors = list(tensors_of((args, kwargs)))
         rows = _rows_of(kwargs, tensors)
         if self._recorder is not None and not self._recorder.spent:
             self._earlier.update(self._recorder.uses)
+            self._mixed += self._recorder.mixed
             self._passes.append(self._recorder.inputs)
         self._recorder = None
         if self._shards is not None:
@@ -103,10 +111,10 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         if not rows:
             # Models stumble over empty tensors: one row passes instead, and counts for nothing.
             self._empty = bool(tensors)
-            return (self._example or _mapped(_zero_row, (args, kwargs))) if tensors else None
+            return (self._example or mapped(_zero_row, (args, kwargs))) if tensors else None
         if self._example is None:
             first = partial(_first_row, rows)
-            self._example = _mapped(first, (args, kwargs))
+            self._example = mapped(first, (args, kwargs))
         named, whole = self._trained()
         self._names = trained = {id(whole.get(p, p)): name for name, p in named}
         self._recorder = recorder = Recorder(self, rows, record_call)
@@ -114,9 +122,10 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._moved |= any(in_another_order(inputs, recorder.inputs) for inputs in self._passes)
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        recorder.inputs = [t for t in recorder.inputs if id(t) not in trained]
         for tensor in recorder.inputs:
-            if id(tensor) not in trained:
-                recorder.mark(tensor)
+            recorder.mark(tensor)
+        self._dependent = self._try_others(module, args, kwargs, recorder)
         recorder.__enter__()
         recorder.on = True
         return None
@@ -127,13 +136,51 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             self._recorder.on = False
             self._recorder.__exit__(None, None, None)
             self._eager.close()
-            self._recorder.see_outputs(_tensors_of(output))
+            self._recorder.see_outputs(tensors_of(output), self._dependent)
+            names = {str(use[0]) for use in self._recorder.uses}
+            self._due = not names <= self._uses
+            self._uses |= names
         if self._depth == 0 and self._shards is not None and torch.is_grad_enabled():
-            self._shards.leave(module, _tensors_of(output))
+            self._shards.leave(module, tensors_of(output))
         if self._depth == 0 and self._empty:
             self._empty = False
-            return _mapped(_no_row, output)
+            return mapped(_no_row, output)
         return None
+
+    def _try_others(
+        self, module: nn.Module, args: Any, kwargs: Any, recorder: Recorder
+    ) -> set[int]:
+        """Before a forward pass: which outputs depend on other rows (`dpzoo.clipping.independence`)."""
+        if recorder.rows < 2 or self._shards is not None:
+            return set()
+        self._tried += 1
+        if self._tried & (self._tried - 1) and not self._due:
+            return set()
+        inner = module.module if isinstance(module, DistributedDataParallel) else module
+        own = {id(t) for t in recorder.inputs}
+
+        def run(change: Callable[[torch.Tensor], torch.Tensor], rows: int) -> list[torch.Tensor]:
+            probe = Probe(self, rows)
+
+            def copied(x: torch.Tensor) -> torch.Tensor:
+                if id(x) not in own:
+                    return x
+                made = change(x.detach()).clone()  # the model may write into it
+                probe.mark(made)
+                return made
+
+            # What the model may change, such as a cache, is copied, too.
+            given, named = mapped(copied, (args, kwargs), copy.deepcopy)
+            with probe:
+                return list(tensors_of(inner.forward(*given, **named)))
+
+        return dependent_outputs(
+            run,
+            recorder.rows,
+            self.anchor.device,
+            first=self._tried == 1,
+            autocast=recorder.autocast,
+        )
 
     def _trained(self) -> tuple[list[tuple[str, torch.Tensor]], dict[torch.Tensor, torch.Tensor]]:
         """(name, parameter) of all that are trained; and what layers use for them, if it is another."""
@@ -155,9 +202,9 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         def enter(_: nn.Module, *arguments: Any) -> Any:
             if not self._depth or not torch.is_grad_enabled():
                 return None
-            given.append(list(_tensors_of(arguments)))
+            given.append(list(tensors_of(arguments)))
             with torch._C.DisableTorchFunction():
-                return _mapped(torch.Tensor.detach, arguments)
+                return mapped(torch.Tensor.detach, arguments)
 
         def entered(_: nn.Module, *arguments: Any) -> Any:
             if not self._depth or not torch.is_grad_enabled():
@@ -166,11 +213,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             named, whole = self._trained()  # this layer's have just come
             self._names.update({id(whole.get(p, p)): name for name, p in named})
             before = iter(given.pop())
-            return _mapped(lambda x: next(before).to(x.dtype), arguments)
+            return mapped(lambda x: next(before).to(x.dtype), arguments)
 
         def left(_: nn.Module, args: Any, output: Any) -> None:
             if self._depth and torch.is_grad_enabled():
-                shards.leave(module, _tensors_of(output))
+                shards.leave(module, tensors_of(output))
 
         self._handles += [
             module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
@@ -262,6 +309,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             raise
         finally:
             self._passes.clear()
+            self._mixed.clear()
             self._moved = False
             if self._recorder is not None:
                 self._recorder.spent = True
@@ -296,8 +344,11 @@ class BookKeepingHooks(AbstractGradSampleHooks):
                 f"The losses have {rows} rows and the batch had {recorder.rows}, wanted one loss for each "
                 f"row of the batch, from one call of the model."
             )
-        functions = refuse_unseen(losses, self.name_of, self._names, recorder.mixed)
+        functions = refuse_unseen(
+            losses, self.name_of, self._names, [*self._mixed, *recorder.mixed]
+        )
         several = rows > 1, units.count > 1
+        recorder.see_hooks()
         kind = hash((frozenset((*recorder.uses, *self._earlier)), functions, several))
         count = self._checked.get(kind, 0) + 1
         # Not the first alone: a layer that starts at zero (LoRA's B, a gate) hides what is below it.
@@ -313,7 +364,7 @@ class BookKeepingHooks(AbstractGradSampleHooks):
         self._store = store
         try:
             with self._gathering(store.resolve_computed):
-                run_backward(recorder, losses.sum(), self.anchor, retain_graph=False)
+                run_backward(recorder, losses.sum(), (self.anchor,), retain_graph=False)
         finally:
             self._store = None
             if self._shards is not None:
@@ -324,6 +375,12 @@ class BookKeepingHooks(AbstractGradSampleHooks):
             self._checked[kind] = count
         self._earlier.clear()
         return store
+
+    @property
+    def rows_of_pass(self) -> int:
+        """Rows of the last forward pass, if there was no backward pass since; else 0."""
+        recorder = self._recorder
+        return 0 if recorder is None or recorder.spent else recorder.rows
 
     def waiting(self, place: str) -> Any:
         """Name the ranks that FSDP2 waits for in vain."""
@@ -426,35 +483,6 @@ def _refuse_hooks(named: list[tuple[str, torch.Tensor]]) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in arguments: in lists, tuples, mappings and dataclasses too."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_of(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_of(item)
-
-
-def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """A value with other tensors: in lists, tuples and mappings (which model outputs are) too."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(change, item) for item in value)
-    if isinstance(value, Mapping):
-        made: Any = copy.copy(value)
-        for key, item in value.items():
-            made[key] = _mapped(change, item)
-        # Of dpzoo's outputs: the rows' losses.
-        for key, item in getattr(value, "__dict__", {}).items():
-            object.__setattr__(made, key, _mapped(change, item))
-        return made
-    return value
 
 
 def _first_row(rows: int, x: torch.Tensor) -> torch.Tensor:

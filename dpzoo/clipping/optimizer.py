@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -187,6 +188,9 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
         self.release = Release(source_of(generator) if noise is None else noise)
         self.draws = Draws(strict=False)
         self.sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._versions: dict[
+            torch.Tensor, tuple[torch.Tensor, int]
+        ] = {}  # of the sums, as added up
         self._trained: frozenset[int] = frozenset()  # the parameters of the present sums
         self._clipped_at = 0.0  # the largest norm that a row of the present sums may have
         self.statistics: Any = None
@@ -284,6 +288,7 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
             else:
                 self._add_up(parameter, None)
             setattr(parameter, "summed_grad", self.sums.get(parameter))  # noqa: B010
+        self._versions = {p: (total, total._version) for p, total in self.sums.items()}
         return total.sqrt(), factors.get(None), int((~finite).sum())
 
     def _before_sums(self) -> None:
@@ -308,6 +313,7 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
         for parameter in self.sums:
             setattr(parameter, "summed_grad", None)  # noqa: B010
         self.sums.clear()
+        self._versions.clear()
         if self.statistics is not None:
             self.statistics.begin()
         self._trained, self._clipped_at = frozenset(), 0.0
@@ -360,12 +366,24 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
 
     def add_noise(self) -> None:
         """Turn the sums, in place, into the noised and scaled gradients."""
+        known = [(self.sums.get(p), *kept) for p, kept in self._versions.items()]
+        if any(now is total and total._version != version for now, total, version in known):
+            raise InputError(
+                "A parameter's summed_grad was changed in place between backward() and step(), wanted it "
+                "for reading alone: rows would be in the sum with more than their clipping norm. Scale the "
+                "losses, or the gradients after the step's noise. The sums are dropped."
+            )
         grads = []
         for parameter in self.params:
             total = self.sums.get(parameter)
             grads.append(_zeros(parameter) if total is None else total)
         # A scheduler may have changed max_grad_norm since the rows were clipped.
         clipped_at = max(self._clipped_at, self.max_grad_norm)
+        if not 0 < clipped_at < math.inf:
+            raise InputError(
+                f"The private optimizer has max_grad_norm={self.max_grad_norm!r}, wanted a number above 0: "
+                f"the noise is a multiple of it. The sums are dropped."
+            )
         std = self.gradient_noise_multiplier * clipped_at
         scale = 1.0 if self.loss_reduction == "sum" else 1.0 / self.expected_batch_size
         if self.statistics is not None:
@@ -375,6 +393,9 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
         for parameter, grad in zip(self.params, grads, strict=True):
             # Rounded to the parameter's dtype after the noise, not before: that is post-processing.
             parameter.grad = _like(parameter, grad.to(parameter.dtype))
+        for parameter in self._all_parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None  # torch's optimizers would step on what is left there
 
     def _noise_in_place(self, grads: list[torch.Tensor], std: float, scale: float) -> None:
         """Noise for the gradients and the rule's counts: one release, of all these sums."""
@@ -388,6 +409,12 @@ class BookKeepingOptimizer(OneGradient, DPOptimizerFastGradientClipping):
         self.release.commit(*names)
         self.max_grad_norm = self.rule.next_norm(
             self.max_grad_norm, counts, self.expected_batch_size
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "The private optimizer was copied or pickled, wanted one of a run: its sums, draws and account "
+            "are its own. Save its state_dict(), or use PrivacyEngine.save_checkpoint."
         )
 
     def _all_parameters(self) -> list[torch.Tensor]:

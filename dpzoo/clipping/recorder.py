@@ -24,7 +24,7 @@ user hooks and parametrisations need no special case.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +73,12 @@ class ParameterCall(NamedTuple):
     shared: list[torch.Tensor]
 
 
-SIZED = ("new_zeros", "new_ones", "new_empty", "new_full", "narrow")
+UNSEEN = "an unseen function (beside other rows a row gets another output)"
+
+SIZED = (
+    *("new_zeros", "new_ones", "new_empty", "new_full", "narrow"),
+    *("view", "reshape", "expand", "unflatten"),
+)
 """Functions that take whole numbers for sizes."""
 
 
@@ -102,6 +107,7 @@ class Recorder(TorchFunctionMode):
         self._used_shared: list[tuple[Any, int, str]] = []
         self.inputs: list[torch.Tensor] = []
         """The batch's tensors with its rows in front, (rows, ...) each."""
+        self._outputs: list[weakref.ref[torch.Tensor]] = []
         self.autocast = torch.is_autocast_enabled(owner.anchor.device.type)
         self._classes: dict[Any, bool] = {}
 
@@ -196,6 +202,8 @@ class Recorder(TorchFunctionMode):
                 self._in_place(entry, args, kwargs, row_tensors, target)
                 return
         elif not isinstance(out, (tuple, list)):
+            if entry.name == "register_hook":
+                self.uses.append((entry.name,))
             if entry.name == "setitem":
                 self._in_place(entry, args, kwargs, row_tensors, args[0])
             return
@@ -295,7 +303,13 @@ class Recorder(TorchFunctionMode):
         """The target of an in-place function keeps its layout, or takes that of what is put in."""
         if getattr(target, MARK, None) is not None and self.layout_of(target) is not None:
             values = [x for x in row_tensors if x is not target]
-            if entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
+            floats = (v for v in values if v.is_floating_point())  # others may be places
+            mixed = next((v for v in floats if isinstance(self.layout_of(v), Mixed)), None)
+            if mixed is not None:
+                for changed in (target, target._base):
+                    if changed is not None:
+                        self.mark(changed, self.layout_of(mixed))
+            elif entry.name in ("index_add", "index_put", "scatter_add", "index_copy"):
                 self._check_target(entry, args, target, values)
             elif entry.name == "setitem":
                 self._put(target, args[1], args[2])
@@ -428,15 +442,30 @@ class Recorder(TorchFunctionMode):
             f"{self.rows} rows in its first dimension. Use torch functions there."
         )
 
-    def see_outputs(self, outputs: Iterable[torch.Tensor]) -> None:
-        """Note where the rows are in the model's outputs: that is part of the kind of batch."""
-        for tensor in outputs:
+    def see_outputs(self, outputs: Iterable[torch.Tensor], dependent: Collection[int] = ()) -> None:
+        """Note where the rows are in the model's outputs: that is part of the kind of batch.
+
+        Args:
+            outputs: the tensors of the model's output.
+            dependent: which of them were found to depend on other rows.
+        """
+        for k, tensor in enumerate(outputs):
+            self._outputs.append(weakref.ref(tensor))
+            if k in dependent:
+                self.mixed.append((tensor.grad_fn, UNSEEN))
             layout = self.layout_of(tensor)
             if isinstance(layout, Mixed):
                 if tensor.grad_fn is not None and layout.function not in INDEXING:
                     self.mixed.append((tensor.grad_fn, layout.function))
             elif layout is not None:
                 self.uses.append(("output", layout_key(layout)))
+
+    def see_hooks(self) -> None:
+        """Note the gradient hooks that were put on the outputs: they are part of the kind of batch, too."""
+        for k, ref in enumerate(self._outputs):
+            tensor = ref()
+            if tensor is not None and tensor._backward_hooks:
+                self.uses.append(("register_hook", k))
 
     def refuse_changed(self) -> None:
         """Raise if a tensor that comes from parameters was changed in place after it was used with rows."""
@@ -536,7 +565,12 @@ class Recorder(TorchFunctionMode):
 
 
 def run_backward(
-    recorder: Recorder, total: torch.Tensor, anchor: torch.Tensor | None, *, retain_graph: bool
+    recorder: Recorder,
+    total: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+    *,
+    accumulate: bool = False,
+    retain_graph: bool,
 ) -> None:
     """A backward pass in which non-reentrant checkpoints are recorded as they were in the forward pass.
 
@@ -547,7 +581,8 @@ def run_backward(
     Args:
         recorder: of the forward pass.
         total: a scalar.
-        anchor: what a gradient is asked for; None for all leaves, into their ``grad``.
+        leaves: what gradients are asked for, and of nothing else.
+        accumulate: whether they are added to the leaves' ``grad``.
         retain_graph: whether the graph is needed again.
     """
     ones = torch.ones_like(total)
@@ -557,9 +592,9 @@ def run_backward(
             (ones,),
             retain_graph,
             False,
-            () if anchor is None else (anchor,),
+            tuple(leaves),
             allow_unreachable=True,
-            accumulate_grad=anchor is None,
+            accumulate_grad=accumulate,
         )
 
 

@@ -97,6 +97,14 @@ class Automatic(ClippingRule):
     gamma: float = 0.01
     name = "automatic"
 
+    def start(self, parameters: Parameters, clip: Any, sigma: float, expected: int | None) -> float:
+        if not 0 < self.gamma < math.inf:
+            raise InputError(
+                f"clipping='automatic' got gamma={self.gamma!r}, wanted a number above 0: rows would be "
+                f"brought to a norm above max_grad_norm. 0.01 is usual."
+            )
+        return super().start(parameters, clip, sigma, expected)
+
     def factors(self, clip: float, squared: Squared, norms: torch.Tensor) -> Factors:
         return {None: clip / (norms + self.gamma)}
 

@@ -78,7 +78,7 @@ class Verification:
             for p in parameters:
                 p.grad = None
             total = (losses * units.to_rows(self.weights).to(losses.dtype)).sum()
-            run_backward(recorder, total, None, retain_graph=True)
+            run_backward(recorder, total, parameters, accumulate=True, retain_graph=True)
         finally:
             for handle in handles:
                 handle.remove()

@@ -76,6 +76,13 @@ def length_of(dataset: Any, logical: int) -> int:
     return len(dataset)
 
 
+def own_loss(trainer: Any) -> str | None:
+    """What of the user's computes the rows' losses; None if it is ours."""
+    if type(trainer).compute_loss is not Trainer.compute_loss:
+        return "compute_loss"
+    return None if trainer.compute_loss_func is None else "compute_loss_func"
+
+
 def row_losses(trainer: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """The rows' losses, (rows,): by the trainer's compute_loss or compute_loss_func, or the model's own.
 
@@ -83,16 +90,16 @@ def row_losses(trainer: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor
         InputError: a function of the user's gives a loss of another shape.
     """
     base, rows, inputs = base_of(model), len(next(iter(inputs.values()))), dict(inputs)
-    if type(trainer).compute_loss is not Trainer.compute_loss:
-        losses, who = trainer.compute_loss(model, inputs), "compute_loss"
-    elif trainer.compute_loss_func is None and isinstance(base, PerSampleModel):
+    who = own_loss(trainer)
+    if who == "compute_loss":
+        losses = trainer.compute_loss(model, inputs)
+    elif who is None and isinstance(base, PerSampleModel):
         return ModelLoss(reduction="none")(model(**inputs))
     else:
         labels = inputs.pop("labels", None)
         outputs = model(**inputs)
-        if trainer.compute_loss_func is None:
+        if who is None:
             return ModelLoss(base, reduction="none")(outputs, labels)
-        who = "compute_loss_func"
         losses = trainer.compute_loss_func(outputs, labels, num_items_in_batch=None)
     if not isinstance(losses, torch.Tensor) or tuple(losses.shape) != (rows,):
         got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpzoo.clipping import PrivacyEngine
+from dpzoo.clipping.criterion import refuse_dependence
 from dpzoo.clipping.noise import NoiseSource
 from dpzoo.errors import InputError
 from dpzoo.integrations.arguments import PrivacyArguments
@@ -69,6 +71,7 @@ class PrivateStep:
         self.criterion: Any = criterion[0] if criterion else RowLosses()
         # Opacus rounds both to whole batches an epoch.
         self.optimizer.expected_batch_size = logical / ranks
+        self._tried = 0  # batches of several rows
         self.release = self.optimizer.release
         self.release.sample_rate = logical / rows
         if privacy.noise_seed is not None:
@@ -86,6 +89,33 @@ class PrivateStep:
         if not last:
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def try_others(
+        self, who: str, losses: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]
+    ) -> None:
+        """Before some parts: raise if a row's loss depends on other rows (`dpzoo.clipping.criterion`).
+
+        Args:
+            who: computes the losses.
+            losses: of a part's inputs, (rows,).
+            inputs: of the part.
+        """
+        rows = len(next(iter(inputs.values())))
+        if rows < 2 or not MODES[self._mode].own:
+            return
+        self._tried += 1
+        if self._tried & (self._tried - 1):
+            return
+
+        def changed(change: Any) -> torch.Tensor:
+            return losses(
+                {
+                    name: change(x) if isinstance(x, torch.Tensor) and len(x) == rows else x
+                    for name, x in inputs.items()
+                }
+            )
+
+        refuse_dependence(who, changed, self._hooks, rows, first=self._tried == 1)
 
     def forward(self) -> AbstractContextManager[None]:
         """Around the model's forward pass: names the ranks that FSDP2 waits for in vain."""

@@ -46,7 +46,13 @@ from dpzoo.integrations.batches import (
     true_banner,
 )
 from dpzoo.integrations.card import PrivacyCard
-from dpzoo.integrations.inputs import length_of, per_sample, refuse_overridden, row_losses
+from dpzoo.integrations.inputs import (
+    length_of,
+    own_loss,
+    per_sample,
+    refuse_overridden,
+    row_losses,
+)
 from dpzoo.integrations.plan import Plan, cost_of, fixed_bytes
 from dpzoo.integrations.publishing import PublishingTrainer
 from dpzoo.integrations.sharding import (
@@ -573,8 +579,12 @@ class DPTrainer(PublishingTrainer):
         private.begin(inputs["rows"], inputs["units"])
         with seeded(self._batch_key, number, 1 + 2 * self.args.process_index):  # dropout
             for i, part in enumerate(parts):
+                part = self._prepare_inputs(part)
                 with self.compute_loss_context_manager(), private.forward():
-                    losses = self._row_losses(model, self._prepare_inputs(part))
+                    own = own_loss(self)
+                    if own is not None and self._sharding is None:
+                        private.try_others(own, lambda x: self._row_losses(model, x), part)
+                    losses = self._row_losses(model, part)
                     loss = private.criterion(losses)
                 loss.backward()
                 private.end_part(last=i + 1 == len(parts))

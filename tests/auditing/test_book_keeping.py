@@ -98,7 +98,7 @@ IN_BK: dict[str, tuple[str, str]] = {
     "a token-mean loss": ("isolation", "not the mean of the rows' losses"),
     "a loss over num_items": ("sensitivity", ROW),
     "Opacus' own EmbeddingBag": ("coverage", REFUSAL + "UnsupportedModelError: embedding_bag of"),
-    "a branch": ("microbatching", "physical batches of 1 give another sum"),
+    "a branch": ("coverage", REFUSAL + "InputError: The recorded per-sample gradients are not"),
     "a trainable layer that is detached": ("coverage", NOISE_ALONE),
     "a loss computed from a copy": ("training_effect", "the loss did not follow"),
 }  # fmt: skip

@@ -357,6 +357,32 @@ def test_an_overridden_loss_is_used(start: Any, tmp_path: Path) -> None:
         trainer.train()
 
 
+class OverTheMean(DPTrainer):
+    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:
+        losses = model(**inputs).loss_per_sample
+        return losses / losses.detach().mean()
+
+
+def test_losses_that_depend_on_other_rows_are_refused(start: Any, tmp_path: Path) -> None:
+    """Without a gradient between them."""
+
+    def over_rows(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none") / len(
+            labels
+        )
+
+    for kind, options in ((OverTheMean, {}), (DPTrainer, {"compute_loss_func": over_rows})):
+        trainer = kind(
+            model=copy.deepcopy(start),
+            args=arguments(tmp_path),
+            train_dataset=Rows(BERT),
+            privacy=privacy(),
+            **options,
+        )
+        with pytest.raises(dpzoo.InputError, match=r"compute_loss.* gives a row another loss when"):
+            trainer.train()
+
+
 def test_a_collator_that_cuts_rows_is_refused(start: Any, tmp_path: Path) -> None:
     def cut(rows: list[Any]) -> Any:
         batch = torch.utils.data.default_collate(rows)
