@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 from dpzoo.cli import main
 from tests.docs.pages import PAGES
+from tests.examples.test_glue_study import TINY as GLUE_STUDY
 from tests.examples.test_sst2_study import TINY as STUDY
 from tests.examples.tiny import SMALL
 from tests.support import others_slow
@@ -50,6 +51,7 @@ SMALLER = {
     "text_classification": SMALL,
     "lora": SMALL,
     "sst2_study": STUDY,
+    "glue_study": GLUE_STUDY,
     "quickstart": "--rows 20",
 }
 
