@@ -427,7 +427,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_training(
 ) -> None:
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "taken.run").write_text("a file")
-    monkeypatch.setattr(module._Job, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(module.GradientRoute, "train", lambda *_: pytest.fail("trained"))
     before = sorted(folder.rglob("*"))
     with pytest.raises(dpzoo.InputError, match="is no folder that can be written"):
         dpzoo.train(recipe(folder, out=str(folder / out)))
@@ -607,7 +607,7 @@ def test_status_and_card_go_by_the_same_bound_the_largest(
 
 
 def test_only_a_head_may_be_new(folder: Path) -> None:
-    config = transformers.BertConfig(**BERT, num_labels=3, vocab_size=50)
+    config = transformers.BertConfig(**BERT, num_labels=3, vocab_size=259)
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(folder / "model")
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
