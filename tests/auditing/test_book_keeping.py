@@ -60,7 +60,7 @@ def test_a_clean_model_passes_or_is_refused_by_name(name: str) -> None:
         assert alarms == [
             "bk mode raises in its first step: InputError: bk: the loss is a scalar, and bk takes one loss "
             "for each row. Pass loss=... with one value for each row; dpzoo.ModelLoss(model) has them for "
-            "transformers' models."
+            "transformers' models"
         ]
     else:
         assert not alarms, str(report)

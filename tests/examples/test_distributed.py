@@ -10,7 +10,6 @@ from transformers import BertForSequenceClassification
 
 from tests.distributed.torchrun import ROOT, run_two_processes
 from tests.examples.tiny import save_tiny_bert
-from tests.support import others_slow
 
 EXAMPLES = ROOT / "examples"
 
@@ -34,7 +33,8 @@ def options(tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("way", others_slow(["ddp", "fsdp"], ["ddp"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes(way: str, options: list[str], tmp_path: Path) -> None:
     """With two rows to a batch, most steps have a rank that draws none: they stay in step."""
     script = str(EXAMPLES / "distributed.py")

@@ -26,6 +26,7 @@ from dpzoo.training.data import Task
 from dpzoo.training.job import Job
 from dpzoo.training.models import load
 from dpzoo.training.recipe import choose
+from tests.support import others_slow
 
 
 @pytest.fixture(autouse=True)
@@ -386,7 +387,7 @@ def checkpoint(folder: Path, cls: Any) -> str:
     return str(folder / "checkpoint")
 
 
-@pytest.mark.parametrize("trainable", ["head", "bias", "all"])
+@pytest.mark.parametrize("trainable", others_slow(["head", "bias", "all"], ["all"]))
 def test_some_texts_may_be_empty_the_first_too(trainable: str, folder: Path) -> None:
     rows = [{"text": "" if i < 60 else f"row {i}", "label": "np"[i % 2]} for i in range(80)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -459,7 +460,7 @@ def test_all_texts_may_be_equal_and_a_class_may_be_missing_among_the_rows(folder
 # --- canaries -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainable", ["head", "lora", "bias", "all"])
+@pytest.mark.parametrize("trainable", others_slow(["head", "lora", "bias", "all"], ["head"]))
 def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> None:
     model = "bert" if trainable == "head" else "gpt2"
     said: list[str] = []
@@ -497,7 +498,7 @@ def test_canaries_bound_epsilon_in_the_card(trainable: str, folder: Path) -> Non
     assert not any("canaries" in name for name in weights)
 
 
-@pytest.mark.parametrize("trainable", ["head", "lora", "all"])
+@pytest.mark.parametrize("trainable", others_slow(["head", "lora", "all"], ["all"]))
 def test_a_canary_is_in_the_steps_that_draw_it(
     trainable: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,6 +535,7 @@ def test_nothing_of_a_run_depends_on_the_coins(folder: Path, monkeypatch: Any) -
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_canaries_of_a_language_model_by_unit_that_is_killed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
