@@ -12,7 +12,7 @@ while the other is replaced. Later some at random are, before the passes 2, 4, 8
 with a use that is new.
 
 A model that gives something else when it is run again is not compared, nor one that draws other random
-numbers for other rows. Where any are drawn, no rows are left out.
+numbers for other rows, or raises on a changed batch. Where any are drawn, no rows are left out.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def dependent_outputs(
             return run(change, count), _key(_random_state(device))
         except (
             Exception
-        ):  # a model that cannot take such a batch; the pass itself says what is wrong
+        ):  # it cannot take such a batch, or any: then the pass itself says what is wrong
             return [], None
 
     try:
